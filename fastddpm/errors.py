@@ -1,0 +1,49 @@
+"""The exceptions that fastddpm raises on purpose; each has the exit code that the command line ends with."""
+
+
+class FastDDPMError(Exception):
+    """Any error that fastddpm raises on purpose."""
+
+    exit_code = 1
+
+
+class ConfigError(FastDDPMError, ValueError):
+    """A configuration (schedule, solver options, architecture) that is not allowed."""
+
+    exit_code = 2
+
+
+class InputError(FastDDPMError, ValueError):
+    """An argument (shape, seed, dtype) that is not allowed."""
+
+    exit_code = 2
+
+
+class CheckpointError(FastDDPMError):
+    """A weights folder that is missing, damaged or foreign."""
+
+    exit_code = 3
+
+
+class OutputError(FastDDPMError):
+    """An output that can't be written."""
+
+    exit_code = 5
+
+
+class NonFiniteError(FastDDPMError):
+    """A sample became NaN or infinite; the message names the sample and the step."""
+
+    exit_code = 6
+
+
+class GraphCaptureError(FastDDPMError):
+    """A model could not be captured into a CUDA graph, and the caller insisted on one."""
+
+    exit_code = 7
+
+
+class DeviceError(FastDDPMError):
+    """The device that was asked for is not there."""
+
+    exit_code = 7
