@@ -1,0 +1,1 @@
+"""Training: data sets as tensors, the trainer, and the command ``fastddpm train``."""
