@@ -1,0 +1,59 @@
+"""Solvers: functions of (schedule, steps, options) that return a `StepTable`. Pure NumPy.
+
+A new solver is a function in a file of its own and a line in `_SOLVERS`; no kernel and no loop changes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable
+
+from ..errors import ConfigError
+from ..schedule import NoiseSchedule
+from .ddim import ddim
+from .ddpm import ddpm
+from .table import StepTable, step_table
+
+__all__ = ["StepTable", "ddim", "ddpm", "make", "names", "options", "step_table"]
+
+_SOLVERS: dict[str, Callable[..., StepTable]] = {"ddpm": ddpm, "ddim": ddim}
+
+
+def names() -> tuple[str, ...]:
+    """The solvers' names, as `make` takes them."""
+    return tuple(_SOLVERS)
+
+
+def options(name: str) -> tuple[str, ...]:
+    """The names of a solver's options; raises `ConfigError` for an unknown solver."""
+    parameters = inspect.signature(_solver(name)).parameters.values()
+    return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+
+
+def make(name: str, schedule: NoiseSchedule, steps: int | None = None, **given: object) -> StepTable:
+    """The table of the solver `name`: ``make("ddim", schedule, 50, eta=0.5)`` is ``ddim(schedule, 50, eta=0.5)``.
+
+    Raises `ConfigError` for a solver or an option that doesn't exist (the nearest name is in the message), and what
+    the solver raises.
+    """
+    solver = _solver(name)
+    known = options(name)
+    for option in given:
+        if option not in known:
+            raise ConfigError(f"solver {name} has no option {option!r}{_nearest(option, known)}")
+    return solver(schedule, steps, **given)
+
+
+def _solver(name: str) -> Callable[..., StepTable]:
+    if not isinstance(name, str) or name not in _SOLVERS:
+        raise ConfigError(f"there is no solver {name!r}{_nearest(str(name), _SOLVERS)}")
+    return _SOLVERS[name]
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    """The end of a message that refuses `word`: did you mean ...? and all that is allowed."""
+    known = list(known)
+    near = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ";"
+    return f"{hint} Allowed: {', '.join(map(repr, known))}"

@@ -1,0 +1,57 @@
+"""DDIM: Song, Meng and Ermon 2020, "Denoising diffusion implicit models", arXiv 2010.02502."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..errors import ConfigError
+from ..schedule import NoiseSchedule
+from .strides import Strides
+from .table import StepTable, step_table
+
+
+def ddim(
+    schedule: NoiseSchedule,
+    steps: int | None = None,
+    *,
+    eta: float = 0.0,
+    prediction_type: str = "epsilon",
+    clip: float | None = None,
+    spacing: str = "leading",
+) -> StepTable:
+    """The table of DDIM: x_s = sqrt(alpha_bar_s) x_0 + sqrt(1 - alpha_bar_s - sigma^2) eps + sigma z (eq. 12).
+
+    sigma^2 = eta^2 (1 - alpha_bar_s) / (1 - alpha_bar_t) (1 - alpha_bar_t / alpha_bar_s) (eq. 16), with s the time step
+    visited after t and alpha_bar_s = 1 behind the last. A `clip` bounds x_0 but not eps, which stays what the model
+    said, as in diffusers (``use_clipped_model_output=False``).
+
+    Args:
+        schedule: the noise schedule that the model was trained with.
+        steps: how many of its time steps to visit; None: all.
+        eta: 0 is deterministic, 1 has DDPM's variance.
+        prediction_type: what the model predicts: "epsilon", "v_prediction" or "sample" (x_0).
+        clip: bound of the predicted abs(x_0); None: no limit. 1.0 for images in [-1, 1].
+        spacing: which time steps to visit: "leading", "linspace" or "trailing" (see `spacing.timesteps`).
+
+    Raises:
+        ConfigError: for a value that is not among these, or an `eta` outside 0 ... 1.
+    """
+    number = isinstance(eta, int | float | np.number) and not isinstance(eta, bool)
+    if not number or not 0.0 <= eta <= 1.0:
+        raise ConfigError(f"eta is {eta!r}; allowed: a number in 0 ... 1 (0: no noise, 1: as much as DDPM)")
+    strides = Strides.of(schedule, steps, spacing)
+    x0_x, x0_m = strides.predicted_x0(prediction_type)
+    eps_x, eps_m = strides.predicted_eps(prediction_type)
+    # (1 - alpha_bar_s - sigma^2) / (1 - alpha_bar_s), as a sum of terms that are not negative
+    kept = ((1.0 - eta) * (1.0 + eta) * strides.beta + strides.alpha * strides.noise_next) / strides.noise
+    direction = np.sqrt(strides.noise_next * kept)
+    return step_table(
+        strides.t,
+        x0_x=x0_x,
+        x0_m=x0_m,
+        x_x0=np.sqrt(strides.bar_next),
+        x_x=direction * eps_x,
+        x_m=direction * eps_m,
+        x_z=eta * np.sqrt(strides.noise_next / strides.noise * strides.beta),
+        clip=clip,
+    )

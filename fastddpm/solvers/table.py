@@ -1,0 +1,122 @@
+"""The step table: a sampler as data (see `fastddpm_kernels.columns` for what a row does)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from fastddpm_kernels.columns import ADVANCE, C_IN, CLIP, COLUMNS, STEP, X_H1, X_H2, X_X, X_Z, T
+from numpy.typing import ArrayLike, NDArray
+
+from ..errors import ConfigError
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class StepTable:
+    """A sampler: one row of float64 coefficients for each model evaluation, in the order in which they are applied.
+
+    ``table["x_z"]`` is a column, float64 [num_rows]. `step_table` makes one from columns.
+
+    Attributes:
+        rows: float64 [num_rows, len(COLUMNS)], read-only, without the identity row.
+
+    Raises:
+        ConfigError: where a value isn't finite (`clip` may be infinite), `clip` isn't positive, `step` doesn't count
+            0, 1, 2 ..., or `advance` isn't 1.
+    """
+
+    rows: Floats
+
+    def __post_init__(self) -> None:
+        rows = np.array(self.rows, dtype=np.float64)
+        if rows.ndim != 2 or rows.shape[0] < 1 or rows.shape[1] != len(COLUMNS):
+            raise ConfigError(f"a step table has shape [rows, {len(COLUMNS)}] and a row at least; given: {rows.shape}")
+        bad = ~np.isfinite(rows)
+        bad[:, CLIP] = ~(rows[:, CLIP] > 0)
+        bad[:, STEP] |= rows[:, STEP] != np.arange(len(rows))
+        bad[:, ADVANCE] |= rows[:, ADVANCE] != 1
+        if bad.any():
+            row, column = np.argwhere(bad)[0]
+            allowed = {CLIP: "above 0", STEP: "the row's number", ADVANCE: "1"}.get(int(column), "finite numbers")
+            raise ConfigError(
+                f"step table: {COLUMNS[column]} of row {row} is {rows[row, column]:g}; allowed: {allowed}"
+            )
+        rows.flags.writeable = False
+        object.__setattr__(self, "rows", rows)
+
+    def __repr__(self) -> str:
+        kind = "stochastic" if self.stochastic else "deterministic"
+        return f"StepTable({self.num_rows} rows, {kind}, history={self.history})"
+
+    def __getitem__(self, column: str) -> Floats:
+        if column not in COLUMNS:
+            raise ConfigError(f"a step table has no column {column!r}; it has {', '.join(COLUMNS)}")
+        return self.rows[:, COLUMNS.index(column)]
+
+    @property
+    def num_rows(self) -> int:
+        """How many times the model is evaluated."""
+        return len(self.rows)
+
+    @property
+    def history(self) -> int:
+        """How many earlier x0 a row may look back at: 0, 1 or 2."""
+        return 2 if self.rows[:, X_H2].any() else int(self.rows[:, X_H1].any())
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether any row adds noise."""
+        return bool(self.rows[:, X_Z].any())
+
+    @property
+    def limited(self) -> bool:
+        """Whether any row clips x0."""
+        return bool(np.isfinite(self.rows[:, CLIP]).any())
+
+    @property
+    def timesteps(self) -> Floats:
+        """The model's time input of each row, float64 [num_rows]."""
+        return self.rows[:, T]
+
+    def with_identity(self) -> Floats:
+        """The rows and the identity row behind them, float64 [num_rows + 1, len(COLUMNS)]: a finished sample stays."""
+        identity = np.zeros(len(COLUMNS))
+        identity[T] = self.rows[-1, T]  # any time step that the model knows
+        identity[[C_IN, X_X]] = 1.0
+        identity[CLIP] = np.inf
+        identity[STEP] = self.num_rows
+        return np.vstack([self.rows, identity])
+
+
+def step_table(t: ArrayLike, *, c_in: ArrayLike = 1.0, clip: float | None = None, **columns: ArrayLike) -> StepTable:
+    """A table from its columns: arrays of one length, or numbers for all rows; what isn't given is 0.
+
+    Args:
+        t: the model's time input of each row, [rows].
+        c_in: scale of the model's input.
+        clip: bound of abs(x0); None: no limit.
+        columns: any of x0_x, x0_m, x_x, x_x0, x_m, x_h1, x_h2, x_z.
+
+    Raises:
+        ConfigError: for a column that doesn't exist or a table that `StepTable` doesn't allow.
+    """
+    times = np.asarray(t, dtype=np.float64)
+    rows = np.zeros((times.size, len(COLUMNS)))
+    rows[:, CLIP] = np.inf if clip is None else check_clip(clip)
+    rows[:, STEP] = np.arange(len(rows))
+    rows[:, ADVANCE] = 1.0
+    for name, values in {"t": times, "c_in": c_in, **columns}.items():
+        if name not in COLUMNS or name in ("step", "advance"):
+            raise ConfigError(f"a step table takes no column {name!r}; it takes {', '.join(COLUMNS[:-2])}")
+        rows[:, COLUMNS.index(name)] = values
+    return StepTable(rows)
+
+
+def check_clip(clip: object) -> float:
+    """`clip` as a float; `ConfigError` unless it is a positive, finite number."""
+    number = isinstance(clip, int | float | np.number) and not isinstance(clip, bool)
+    if not number or not 0 < clip < np.inf:  # type: ignore[operator]
+        raise ConfigError(f"clip is {clip!r}; allowed: None, or a number above 0 (1.0 for images in [-1, 1])")
+    return float(clip)  # type: ignore[arg-type]

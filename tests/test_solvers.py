@@ -1,0 +1,524 @@
+"""Step tables against the papers' formulas in long double, diffusers' trajectories, and closed forms."""
+
+import itertools
+import math
+import time
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler
+from exact import Exact, needs_long_double, products, relative_error
+from fastddpm_kernels.columns import CLIP, COLUMNS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastddpm import solvers
+from fastddpm.errors import ConfigError
+from fastddpm.schedule import NoiseSchedule
+from fastddpm.solvers.spacing import timesteps
+
+LINEAR = NoiseSchedule.linear()
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+SPACINGS = ("leading", "linspace", "trailing")
+
+
+def run(table, model, x, noise):
+    """The state after each row: what `columns` says a row does, word for word. noise: [rows, *x.shape]."""
+    states, h1, h2 = [], 0.0, 0.0
+    for row, z in zip(table.rows, noise, strict=True):
+        c = dict(zip(COLUMNS, row, strict=True))
+        m = model(c["c_in"] * x, c["t"])
+        x0 = np.clip(c["x0_x"] * x + c["x0_m"] * m, -c["clip"], c["clip"])
+        x = c["x_x"] * x + c["x_x0"] * x0 + c["x_m"] * m + c["x_h1"] * h1 + c["x_h2"] * h2 + c["x_z"] * z
+        h1, h2 = x0, h1
+        states.append(x)
+    return np.array(states)
+
+
+# ---- coefficients against long double -------------------------------------------------------------------------------
+
+
+def exact_strides(betas, t):
+    """For each visited t: alpha_bar_t, 1 - alpha_bar_t, the same of the next, and the stride's alpha and beta."""
+    bar, noise = products(betas)
+    following = [*t[1:], -1]
+    out = []
+    for now, then in zip(t, following, strict=True):
+        stride = products(betas[then + 1 : now + 1])
+        before = (bar[then], noise[then]) if then >= 0 else (Exact(1), Exact(0))
+        out.append((bar[now], noise[now], *before, stride[0][-1], stride[1][-1]))
+    return (np.array(part, dtype=Exact) for part in zip(*out, strict=True))
+
+
+def exact_x0_and_eps(prediction, bar, noise):
+    """Coefficients of (x, m) in x_0 and in eps."""
+    zero, one = np.zeros_like(bar), np.ones_like(bar)
+    if prediction == "epsilon":
+        return (1 / np.sqrt(bar), -np.sqrt(noise) / np.sqrt(bar)), (zero, one)
+    if prediction == "v_prediction":
+        return (np.sqrt(bar), -np.sqrt(noise)), (np.sqrt(noise), np.sqrt(bar))
+    return (zero, one), (1 / np.sqrt(noise), -np.sqrt(bar) / np.sqrt(noise))
+
+
+@needs_long_double
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("steps", [1, 7, 50, None])
+@pytest.mark.parametrize("schedule", [LINEAR, NoiseSchedule.cosine(1000), NoiseSchedule.scaled_linear(4000)], ids=str)
+def test_coefficients_are_the_papers_to_1e_13(schedule, steps, spacing, prediction):
+    t = timesteps(schedule.num_steps, steps, spacing)
+    bar, noise, bar_s, noise_s, alpha, beta = exact_strides(schedule.betas, t)
+    (x0_x, x0_m), (eps_x, eps_m) = exact_x0_and_eps(prediction, bar, noise)
+    small, last = noise_s / noise * beta, np.arange(len(t)) == len(t) - 1
+    for variance, square in (("fixed_small", small), ("fixed_large", beta)):
+        table = solvers.ddpm(schedule, steps, variance=variance, prediction_type=prediction, spacing=spacing)
+        expected = {
+            "t": t,
+            "c_in": np.ones(len(t)),
+            "x0_x": x0_x,
+            "x0_m": x0_m,
+            "x_x0": np.sqrt(bar_s) * beta / noise,
+            "x_x": np.sqrt(alpha) * noise_s / noise,
+            "x_z": np.where(last, 0, np.sqrt(square)),
+        }
+        check_columns(table, expected)
+    for eta in (0.0, 0.3, 1.0):
+        table = solvers.ddim(schedule, steps, eta=eta, prediction_type=prediction, spacing=spacing)
+        square = Exact(eta) ** 2 * small
+        # noise_s - square cancels at eta = 1; there it is alpha noise_s^2 / noise
+        direction = np.sqrt(noise_s - square) if eta < 1 else noise_s * np.sqrt(alpha / noise)
+        expected = {
+            "t": t,
+            "c_in": np.ones(len(t)),
+            "x0_x": x0_x,
+            "x0_m": x0_m,
+            "x_x0": np.sqrt(bar_s),
+            "x_x": direction * eps_x,
+            "x_m": direction * eps_m,
+            "x_z": np.sqrt(square),
+        }
+        check_columns(table, expected)
+
+
+def check_columns(table, expected):
+    for name in set(COLUMNS) - {"clip", "step", "advance"}:
+        exact = expected.get(name, np.zeros(table.num_rows))
+        assert relative_error(table[name], exact) <= 1e-13, name
+        assert relative_error(table[name].astype(np.float32), exact) <= 6e-8, name
+
+
+# ---- time steps ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheduler", [DDPMScheduler, DDIMScheduler])
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_time_steps_are_those_of_diffusers(scheduler, spacing):
+    left_out = 0
+    for num_steps in (1, 2, 3, 10, 15, 100, 1000):
+        theirs = scheduler(num_train_timesteps=num_steps, timestep_spacing=spacing)
+        for steps in {1, 2, 3, 7, 10, 13, 20, 50, 81, 100, 250, 333, 999, 1000}:
+            if steps > num_steps:
+                continue
+            theirs.set_timesteps(steps)
+            stock = theirs.timesteps.tolist()
+            if len(stock) == steps + 1:  # a stock rounding error, at "trailing" only
+                assert (spacing, stock[-1]) == ("trailing", -1)
+                stock, left_out = stock[:-1], left_out + 1
+            ours = timesteps(num_steps, steps, spacing)
+            assert ours.tolist() == stock
+            assert ours.dtype == np.int64
+    assert left_out == (1 if spacing == "trailing" else 0)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.data(), st.integers(1, 5000), st.sampled_from(SPACINGS))
+def test_time_steps_fall_strictly_and_stay_in_range(data, num_steps, spacing):
+    steps = data.draw(st.integers(1, num_steps))
+    t = timesteps(num_steps, steps, spacing)
+    assert len(t) == steps
+    assert (np.diff(t) < 0).all()
+    assert t[-1] >= 0
+    assert t[0] < num_steps
+    assert timesteps(num_steps, None, spacing).tolist() == list(range(num_steps))[::-1]
+
+
+# ---- whole trajectories against diffusers ----------------------------------------------------------------------------
+
+
+def awkward_model(x, t):
+    """Any smooth function of (x, t) that leaves [-1, 1], so that the clip has work to do."""
+    return np.tanh(x + 0.001 * t) + 0.3 * x
+
+
+def diffusers_states(scheduler, x, noise, steps, monkeypatch, **step_options):
+    scheduler.set_timesteps(steps)
+    draws, states = iter(noise), []
+    if isinstance(scheduler, DDPMScheduler):
+        module = "diffusers.schedulers.scheduling_ddpm.randn_tensor"
+        monkeypatch.setattr(module, lambda *_, **__: torch.from_numpy(next(draws)))
+    for t in scheduler.timesteps:
+        if isinstance(scheduler, DDIMScheduler):
+            step_options["variance_noise"] = torch.from_numpy(next(draws))
+        m = torch.from_numpy(awkward_model(x, t.item()))
+        x = scheduler.step(m, t, torch.from_numpy(x), **step_options).prev_sample.numpy()
+        states.append(x)
+    assert x.dtype == np.float64
+    return np.array(states)
+
+
+def in_float64(scheduler, schedule):
+    """The stock scheduler with our float64 alpha_bar: what is left is its arithmetic, in float64."""
+    scheduler.alphas_cumprod = torch.from_numpy(schedule.alphas_cumprod.copy())
+    scheduler.one = scheduler.final_alpha_cumprod = torch.tensor(1.0, dtype=torch.float64)
+    return scheduler
+
+
+def whole_chain(prediction, clip):
+    """All 1000 steps once, as Ho et al. take them; 100 in the other cases, which are as good a test and faster."""
+    return 1000 if (prediction, clip) == ("epsilon", 1.0) else 100
+
+
+@pytest.fixture
+def start():
+    rng = np.random.default_rng(1)
+    return rng.standard_normal((2, 3, 4, 4)), rng.standard_normal((1000, 2, 3, 4, 4))
+
+
+@pytest.mark.parametrize("stock", [True, False], ids=["float32 coefficients", "float64 coefficients"])
+@pytest.mark.parametrize("clip", [None, 1.0, 0.7])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+@pytest.mark.parametrize("spacing, steps", [("leading", 30), ("linspace", 30), ("trailing", 30), ("leading", None)])
+def test_ddpm_walks_as_diffusers_does(start, spacing, steps, variance, prediction, clip, stock, monkeypatch):
+    steps = steps or whole_chain(prediction, clip)
+    x, noise = start[0], start[1][:steps]
+    theirs = DDPMScheduler(
+        prediction_type=prediction,
+        variance_type=variance,
+        timestep_spacing=spacing,
+        clip_sample=clip is not None,
+        clip_sample_range=clip or 1.0,
+    )
+    if not stock:
+        in_float64(theirs, LINEAR)
+    expected = diffusers_states(theirs, x, noise, steps, monkeypatch)
+    table = solvers.ddpm(LINEAR, steps, variance=variance, prediction_type=prediction, clip=clip, spacing=spacing)
+    states = run(table, awkward_model, x, noise)
+    if spacing == "trailing":
+        # Stock diffusers adds noise in the last step unless its t is 0, which "trailing" doesn't reach. Ours doesn't.
+        t = int(table["t"][-1])
+        sigma = math.sqrt(1 - LINEAR.alphas_cumprod[t]) if variance == "fixed_large" else 1e-10  # its clamp of 1e-20
+        expected[-1] -= sigma * noise[-1]
+    assert_close(states, expected, stock)
+
+
+@pytest.mark.parametrize("stock", [True, False], ids=["float32 coefficients", "float64 coefficients"])
+@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("spacing, steps", [("leading", 50), ("trailing", 50), ("leading", None)])
+def test_ddim_walks_as_diffusers_does(start, spacing, steps, eta, prediction, clip, stock, monkeypatch):
+    steps = steps or whole_chain(prediction, clip)
+    x, noise = start[0], start[1][:steps]
+    theirs = DDIMScheduler(prediction_type=prediction, timestep_spacing=spacing, clip_sample=clip is not None)
+    if not stock:
+        in_float64(theirs, LINEAR)
+    expected = diffusers_states(theirs, x, noise, steps, monkeypatch, eta=eta)
+    table = solvers.ddim(LINEAR, steps, eta=eta, prediction_type=prediction, clip=clip, spacing=spacing)
+    assert_close(run(table, awkward_model, x, noise), expected, stock)
+
+
+def assert_close(states, expected, stock):
+    scale = np.abs(expected).max()
+    # diffusers' float32 1 - alpha_bar is off by 6e-8 of 1e-4 at t = 0, hence by 3e-4 in its root
+    np.testing.assert_allclose(states, expected, rtol=0, atol=(1e-3 if stock else 1e-9) * scale)
+
+
+class Stride(int):
+    """In place of stock DDIM's number of steps: 1000 // Stride(n) is n."""
+
+    def __rfloordiv__(self, _):
+        return int(self)
+
+
+def test_ddim_linspace_goes_on_from_where_it_is_and_stock_diffusers_does_not(start, monkeypatch):
+    """Stock DDIM takes t - T // steps for the next time step; with "linspace" that is not the next in its own list."""
+    x, noise, steps = start[0], start[1][:30], 30
+    theirs = in_float64(DDIMScheduler(timestep_spacing="linspace", clip_sample=False), LINEAR)
+    stock = diffusers_states(theirs, x, noise, steps, monkeypatch)
+    states = run(solvers.ddim(LINEAR, steps, spacing="linspace"), awkward_model, x, noise)
+    assert np.abs(states - stock).max() > 1e-3
+    # The right answer: each step of stock DDIM, told how far away the next time step really is.
+    visited = [*timesteps(1000, steps, "linspace").tolist(), -1]
+    for i, (now, then) in enumerate(itertools.pairwise(visited)):
+        theirs.num_inference_steps = Stride(now - then)
+        m = torch.from_numpy(awkward_model(x, now))
+        x = theirs.step(m, now, torch.from_numpy(x)).prev_sample.numpy()
+        np.testing.assert_allclose(states[i], x, rtol=0, atol=1e-9)
+
+
+# ---- closed forms ----------------------------------------------------------------------------------------------------
+
+
+def gaussian_model(schedule, mean, variance, prediction="epsilon"):
+    """What a perfect model says when the data are N(mean, variance)."""
+
+    def model(x, t):
+        bar = schedule.alphas_cumprod[int(t)]
+        root, noise = math.sqrt(bar), schedule.sqrt_one_minus_alphas_cumprod[int(t)]
+        eps = noise * (x - root * mean) / (bar * variance + noise**2)
+        x0 = mean + root * variance * (x - root * mean) / (bar * variance + noise**2)
+        return {"epsilon": eps, "sample": x0, "v_prediction": root * eps - noise * x0}[prediction]
+
+    return model
+
+
+def moments(table, model, mean, variance):
+    """Mean and variance of the state after each row, for a model that is affine in x: two runs and a sum of squares."""
+    one, zero = run(table, model, np.array([1.0, 0.0]), np.zeros((table.num_rows, 2))).T
+    out_mean = zero + (one - zero) * mean
+    gain = np.diff(np.concatenate(([0.0], np.log(np.maximum(one - zero, 1e-300)))))
+    out = []
+    for g, sigma in zip(np.exp(gain), table["x_z"], strict=True):
+        variance = g**2 * variance + sigma**2
+        out.append(variance)
+    return out_mean, np.array(out)
+
+
+SOLVERS = st.one_of(
+    st.builds(lambda v: ("ddpm", {"variance": v}), st.just("fixed_small")),
+    st.builds(lambda e: ("ddim", {"eta": e}), st.floats(0, 1)),
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(SOLVERS, st.sampled_from(PREDICTIONS), st.sampled_from(SPACINGS), st.integers(2, 60), st.floats(-2, 2))
+def test_data_that_are_a_point_have_the_forward_marginals_at_every_step(solver, prediction, spacing, steps, mean):
+    """DDIM's theorem: for any eta, and for DDPM's posterior, x_s ~ N(sqrt(alpha_bar_s) x_0, 1 - alpha_bar_s)."""
+    name, options = solver
+    schedule = NoiseSchedule.linear(60, 1e-3, 0.2)
+    table = solvers.make(name, schedule, steps, prediction_type=prediction, spacing=spacing, **options)
+    model = gaussian_model(schedule, mean, 0.0, prediction)
+    t = table["t"].astype(int)
+    bar = np.append(schedule.alphas_cumprod[t], 1.0)
+    x = np.sqrt(bar[0]) * mean + math.sqrt(1 - bar[0])  # one standard deviation up
+    for i, row in enumerate(table.rows):
+        step = solvers.StepTable(np.where(np.arange(len(row)) == COLUMNS.index("step"), 0, row)[None])
+        low, high = run(step, model, np.array([np.sqrt(bar[i]) * mean, x]), np.zeros((1, 2)))[0]
+        np.testing.assert_allclose(low, np.sqrt(bar[i + 1]) * mean, atol=1e-9)  # mean to mean
+        square = (high - low) ** 2 + row[COLUMNS.index("x_z")] ** 2
+        np.testing.assert_allclose(square, 1 - bar[i + 1], atol=1e-9)  # variance to variance
+        x = np.sqrt(bar[i + 1]) * mean + math.sqrt(1 - bar[i + 1])
+
+
+def test_unit_gaussian_data_keep_variance_one_under_fixed_large():
+    table = solvers.ddpm(LINEAR, variance="fixed_large")
+    mean, variance = moments(table, gaussian_model(LINEAR, 0.0, 1.0), 0.0, 1.0)
+    np.testing.assert_allclose(mean, 0.0, atol=1e-12)
+    np.testing.assert_allclose(variance[:-1], 1.0, rtol=1e-12)
+    np.testing.assert_allclose(variance[-1], 1.0 - LINEAR.betas[0], rtol=1e-12)  # the last row adds no noise
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+def test_a_thousand_steps_of_a_gaussian_follow_the_recursion_of_ho_et_al(variance):
+    """Eq. 11 by hand: x' = (x - beta / sqrt(1 - bar) eps) / sqrt(alpha) + sigma z, for N(0.4, 0.25) data."""
+    mean, var = 0.0, 1.0
+    means, variances = [], []
+    for t in reversed(range(1000)):
+        bar, beta = LINEAR.alphas_cumprod[t], LINEAR.betas[t]
+        slope = 1 / (bar * 0.25 + 1 - bar)  # eps / sqrt(1 - bar) = slope (x - sqrt(bar) 0.4)
+        mean = (mean - beta * slope * (mean - math.sqrt(bar) * 0.4)) / math.sqrt(1 - beta)
+        before = LINEAR.alphas_cumprod[t - 1] if t else 1.0
+        noise = beta * ((1 - before) / (1 - bar) if variance == "fixed_small" else 1.0) * (t > 0)
+        var = ((1 - beta * slope) ** 2 / (1 - beta)) * var + noise
+        means.append(mean)
+        variances.append(var)
+    table = solvers.ddpm(LINEAR, variance=variance)
+    ours = moments(table, gaussian_model(LINEAR, 0.4, 0.25), 0.0, 1.0)
+    np.testing.assert_allclose(ours[0], means, rtol=0, atol=1e-10)
+    np.testing.assert_allclose(ours[1], variances, rtol=1e-9)
+    assert abs(ours[0][-1] - 0.4) < 0.01
+    assert abs(ours[1][-1] - 0.25) < 0.01
+
+
+def test_ddim_takes_a_gaussian_to_its_own_spread():
+    """Deterministic DDIM integrates the probability-flow ODE: N(0, 1) noise ends with the data's deviation."""
+    table = solvers.ddim(LINEAR, 1000)
+    assert not table.stochastic
+    _, variance = moments(table, gaussian_model(LINEAR, 0.4, 0.25), 0.0, 1.0)
+    assert abs(math.sqrt(variance[-1]) - 0.5) < 0.005
+
+
+@pytest.mark.parametrize("name", solvers.names())
+def test_the_prediction_types_are_the_same_sampler(name, start):
+    x, noise = start[0], start[1][:40]
+    ends = []
+    for prediction in PREDICTIONS:
+        table = solvers.make(name, LINEAR, 40, prediction_type=prediction, clip=0.6)
+        ends.append(run(table, gaussian_model(LINEAR, 0.4, 0.25, prediction), x, noise))
+    np.testing.assert_allclose(ends[1], ends[0], rtol=0, atol=1e-9)
+    np.testing.assert_allclose(ends[2], ends[0], rtol=0, atol=1e-9)
+
+
+def test_ddim_with_eta_1_is_ddpm_where_nothing_is_clipped(start):
+    x, noise = start[0], start[1][:40]
+    a = run(solvers.ddim(LINEAR, 40, eta=1.0), awkward_model, x, noise)
+    b = run(solvers.ddpm(LINEAR, 40), awkward_model, x, noise)
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-10 * np.abs(b).max())
+
+
+# ---- rows at the edges -----------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data(), st.sampled_from(PREDICTIONS), st.sampled_from(SPACINGS), st.sampled_from([1, 2, 10, 1000]))
+def test_the_last_row_returns_x0_and_adds_no_noise(data, prediction, spacing, num_steps):
+    schedule = NoiseSchedule.cosine(num_steps)
+    steps = data.draw(st.integers(1, num_steps))
+    options = {"prediction_type": prediction, "spacing": spacing}
+    for table in (
+        solvers.ddpm(schedule, steps, variance="fixed_small", **options),
+        solvers.ddpm(schedule, steps, variance="fixed_large", **options),
+        solvers.ddim(schedule, steps, eta=data.draw(st.floats(0, 1)), **options),
+    ):
+        last = {name: table[name][-1] for name in ("x_x", "x_x0", "x_m", "x_z")}
+        assert last == {"x_x": 0.0, "x_x0": 1.0, "x_m": 0.0, "x_z": 0.0}
+        assert table.stochastic == bool(table["x_z"][:-1].any())
+
+
+@pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
+def test_zero_terminal_snr_can_be_sampled_but_not_with_epsilon(prediction, start):
+    schedule = LINEAR.rescale_zero_terminal_snr()
+    for name in solvers.names():
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            table = solvers.make(name, schedule, 50, prediction_type=prediction, spacing="trailing")
+        assert table["t"][0] == 999
+        states = run(table, gaussian_model(schedule, 0.4, 0.25, prediction), start[0], start[1][:50])
+        assert np.isfinite(states).all()
+        with pytest.raises(ConfigError, match="terminal SNR of zero"):
+            solvers.make(name, schedule, 50, spacing="trailing")
+        solvers.make(name, schedule, 50, spacing="leading")  # does not visit the last time step
+
+
+def test_building_a_table_of_1000_rows_takes_less_than_10_ms():
+    for build in (solvers.ddpm, solvers.ddim):
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            build(NoiseSchedule.linear())
+            times.append(time.perf_counter() - start)
+        assert min(times) < 0.010
+
+
+# ---- the table itself ------------------------------------------------------------------------------------------------
+
+
+def test_a_table_says_what_it_is():
+    table = solvers.ddpm(LINEAR, 10, clip=1.0)
+    assert table.rows.shape == (10, len(COLUMNS))
+    assert table.rows.dtype == np.float64
+    assert (table.num_rows, table.history, table.stochastic, table.limited) == (10, 0, True, True)
+    assert table.timesteps.tolist() == list(range(900, -1, -100))
+    assert repr(table) == "StepTable(10 rows, stochastic, history=0)"
+    plain = solvers.ddim(LINEAR, 10)
+    assert (plain.stochastic, plain.limited) == (False, False)
+    assert solvers.step_table([2, 1], x_h1=[0, 0.5]).history == 1
+    assert solvers.step_table([2, 1], x_h2=[0, 0.5]).history == 2
+    with pytest.raises(ValueError, match="read-only"):
+        table["x_z"][0] = 1.0
+    with pytest.raises(ConfigError, match="no column 'z'"):
+        table["z"]
+
+
+def test_the_identity_row_leaves_a_sample_as_it_is():
+    table = solvers.ddim(LINEAR, 3)
+    rows = table.with_identity()
+    assert rows.shape == (4, len(COLUMNS))
+    np.testing.assert_array_equal(rows[:-1], table.rows)
+    last = dict(zip(COLUMNS, rows[-1], strict=True))
+    stays = {"t": 0.0, "c_in": 1.0, "x_x": 1.0, "clip": math.inf, "step": 3.0}
+    assert last == {name: stays.get(name, 0.0) for name in COLUMNS}
+
+
+def broken(column, row, value):
+    rows = solvers.ddim(LINEAR, 4).rows.copy()
+    rows[row, COLUMNS.index(column)] = value
+    return rows
+
+
+BAD_TABLES = {
+    "NaN": (lambda: solvers.StepTable(broken("x_m", 2, math.nan)), "x_m of row 2 is nan"),
+    "infinite": (lambda: solvers.StepTable(broken("x_z", 1, math.inf)), "x_z of row 1 is inf"),
+    "clip 0": (lambda: solvers.StepTable(broken("clip", 0, 0.0)), "clip of row 0 is 0; allowed: above 0"),
+    "clip NaN": (lambda: solvers.StepTable(broken("clip", 3, math.nan)), "clip of row 3 is nan"),
+    "step": (lambda: solvers.StepTable(broken("step", 3, 2)), "step of row 3 is 2"),
+    "advance": (lambda: solvers.StepTable(broken("advance", 0, 0)), "advance of row 0 is 0"),
+    "no rows": (lambda: solvers.StepTable(np.zeros((0, len(COLUMNS)))), "a row at least"),
+    "columns missing": (lambda: solvers.StepTable(np.zeros((3, 4))), r"given: \(3, 4\)"),
+    "unknown column": (lambda: solvers.step_table([1, 0], x_q=1.0), "no column 'x_q'"),
+    "fixed column": (lambda: solvers.step_table([1, 0], advance=0.0), "no column 'advance'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TABLES)
+def test_a_wrong_table_is_refused(name):
+    call, message = BAD_TABLES[name]
+    with pytest.raises(ConfigError, match=message):
+        call()
+
+
+BAD_OPTIONS = {
+    "steps = 0": ({"steps": 0}, r"steps is 0; allowed: an integer in 1 \.\.\. 1000"),
+    "steps > T": ({"steps": 1001}, "steps is 1001"),
+    "steps < 0": ({"steps": -1}, "steps is -1"),
+    "steps a bool": ({"steps": True}, "steps is True"),
+    "steps a float": ({"steps": 10.0}, r"steps is 10\.0"),
+    "spacing": ({"spacing": "even"}, "spacing is 'even'; allowed: 'leading'"),
+    "prediction_type": ({"prediction_type": "eps"}, "prediction_type is 'eps'; allowed: 'epsilon'"),
+    "clip = 0": ({"clip": 0}, "clip is 0"),
+    "clip < 0": ({"clip": -1.0}, r"clip is -1\.0"),
+    "clip NaN": ({"clip": math.nan}, "clip is nan"),
+    "clip infinite": ({"clip": math.inf}, "clip is inf"),
+    "clip a bool": ({"clip": True}, "clip is True"),
+    "clip a word": ({"clip": "1"}, "clip is '1'"),
+}
+
+
+@pytest.mark.parametrize("solver", solvers.names())
+@pytest.mark.parametrize("name", BAD_OPTIONS)
+def test_a_wrong_option_is_refused_in_one_line(name, solver):
+    given, message = BAD_OPTIONS[name]
+    given = {"steps": 10, **given}
+    with pytest.raises(ConfigError, match=message) as caught:
+        solvers.make(solver, LINEAR, **given)
+    assert "\n" not in str(caught.value)
+
+
+def test_options_of_one_solver_alone_are_refused_too():
+    for eta in (-0.1, 1.1, math.nan, True, "0"):
+        with pytest.raises(ConfigError, match=r"eta is .*; allowed: a number in 0 \.\.\. 1"):
+            solvers.ddim(LINEAR, 10, eta=eta)
+    with pytest.raises(ConfigError, match="variance is 'small'; allowed: 'fixed_small', 'fixed_large'"):
+        solvers.ddpm(LINEAR, 10, variance="small")
+
+
+def test_unknown_names_get_the_nearest():
+    assert solvers.names() == ("ddpm", "ddim")
+    assert "eta" in solvers.options("ddim")
+    with pytest.raises(ConfigError, match="no solver 'DDMI'; did you mean 'ddpm'\\? Allowed: 'ddpm', 'ddim'"):
+        solvers.make("DDMI", LINEAR)
+    with pytest.raises(ConfigError, match="no solver 'xyzzy'; Allowed"):
+        solvers.make("xyzzy", LINEAR)
+    with pytest.raises(ConfigError, match="solver ddim has no option 'etta'; did you mean 'eta'"):
+        solvers.make("ddim", LINEAR, 10, etta=0.5)
+    with pytest.raises(ConfigError, match="solver ddpm has no option 'eta'"):
+        solvers.make("ddpm", LINEAR, 10, eta=0.5)
+
+
+def test_make_is_the_function_of_that_name():
+    made = solvers.make("ddim", LINEAR, 20, eta=0.5, clip=1.0)
+    np.testing.assert_array_equal(made.rows, solvers.ddim(LINEAR, 20, eta=0.5, clip=1.0).rows)
+    assert (made.rows[:, CLIP] == 1.0).all()
