@@ -1,5 +1,7 @@
 """The exceptions that fastddpm raises on purpose; each has the exit code that the command line ends with."""
 
+from typing import Any
+
 
 class FastDDPMError(Exception):
     """Any error that fastddpm raises on purpose."""
@@ -32,9 +34,19 @@ class OutputError(FastDDPMError):
 
 
 class NonFiniteError(FastDDPMError):
-    """A sample became NaN or infinite; the message names the sample and the step."""
+    """A sample became NaN or infinite; the message names the sample and the step.
+
+    Attributes:
+        samples: all samples [B, ...], the good ones with it.
+        bad: bool [B].
+    """
 
     exit_code = 6
+
+    def __init__(self, message: str, *, samples: Any = None, bad: Any = None) -> None:
+        super().__init__(message)
+        self.samples = samples
+        self.bad = bad
 
 
 class GraphCaptureError(FastDDPMError):

@@ -1,0 +1,25 @@
+"""fastddpm's kernels: noise, forward noising and the reverse step, as PyTorch ops.
+
+`reference` says what each computes; the ops run it on the CPU and the Triton kernels on CUDA. Importing this package
+imports neither torch nor triton: `columns` is read by NumPy code too, and Triton is needed at the first CUDA call only.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .ops import add_noise, advance_, normal, q_sample, reverse_step, reverse_step_
+
+__all__ = ["add_noise", "advance_", "normal", "q_sample", "reverse_step", "reverse_step_"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return getattr(import_module(".ops", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,55 @@
+"""How the kernels divide samples: a program owns some lanes of one sample, a lane four elements, q apart.
+
+One Philox block makes four normals, so this division needs one block a lane, and the four accesses that each tensor
+gets are each contiguous over the lanes: no shuffle.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def sample_and_lane(q, BLOCK: tl.constexpr):
+    """Which sample a program works on, and which lanes of it. One grid axis: the other two end at 65535."""
+    blocks = tl.cdiv(q, BLOCK)
+    program = tl.program_id(0)
+    sample = program // blocks
+    return sample.to(tl.int64), (program % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit
+def element(lane, k: tl.constexpr, n, q):
+    """A lane's k-th element, and whether the sample has it."""
+    e = lane + k * q
+    return e, (lane < q) & (e < n)
+
+
+@triton.jit
+def in_memory(e, PLANE: tl.constexpr, CHANNELS: tl.constexpr):
+    """Where the logical element e of (C, H, W) lies: at e where PLANE is 0, else in channels_last (PLANE = H W)."""
+    if PLANE > 0:
+        e = e % PLANE * CHANNELS + e // PLANE
+    return e
+
+
+@triton.jit
+def load4(ptr, lane, n, q, PLANE: tl.constexpr = 0, CHANNELS: tl.constexpr = 0):
+    """A lane's four elements of one sample, as float32; 0 where the sample has none."""
+    e0, in0 = element(lane, 0, n, q)
+    e1, in1 = element(lane, 1, n, q)
+    e2, in2 = element(lane, 2, n, q)
+    e3, in3 = element(lane, 3, n, q)
+    v0 = tl.load(ptr + in_memory(e0, PLANE, CHANNELS), in0, other=0.0).to(tl.float32)
+    v1 = tl.load(ptr + in_memory(e1, PLANE, CHANNELS), in1, other=0.0).to(tl.float32)
+    v2 = tl.load(ptr + in_memory(e2, PLANE, CHANNELS), in2, other=0.0).to(tl.float32)
+    v3 = tl.load(ptr + in_memory(e3, PLANE, CHANNELS), in3, other=0.0).to(tl.float32)
+    return v0, v1, v2, v3
+
+
+def memory_order(x: torch.Tensor) -> tuple[int, int]:
+    """(PLANE, CHANNELS) of a [B, C, H, W] tensor in channels_last; (0, 0) of a contiguous tensor of any shape."""
+    if x.is_contiguous():
+        return 0, 0
+    _, channels, height, width = x.shape
+    return height * width, channels
