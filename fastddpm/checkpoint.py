@@ -10,158 +10,32 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from .errors import CheckpointError, ConfigError, OutputError
+from .errors import CheckpointError, InputError, OutputError
+from .unet_config import UNetConfig, shown
 
 if TYPE_CHECKING:
+    import torch
+
     from .unet import UNet
+
+__all__ = ["UNetConfig", "load_unet", "read_json", "save_unet", "write_atomically", "write_json"]
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+PICKLED_NAMES = tuple(f"diffusion_pytorch_model{end}" for end in (".bin", ".pt", ".pth", ".ckpt"))
 MAX_JSON_BYTES = 1 << 20  # a config has about 1 kB; a larger file is none
-MAX_PARAMETERS = 2_000_000_000  # an untrusted config may not make us build more than this
+MAX_HEADER_BYTES = 4 << 20  # of a safetensors file; the largest network that a config allows needs 0.9 MB
 
 # Attention had other names until diffusers 0.15; the published DDPM checkpoints still have those.
 RENAMED = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-
-
-@dataclass(frozen=True)
-class UNetConfig:
-    """The architecture of a `UNet`: the fields of diffusers' ``UNet2DModel`` that matter, with its defaults.
-
-    Raises `ConfigError` where a field has a wrong type, is out of range, or contradicts another.
-    """
-
-    sample_size: int | None = None
-    in_channels: int = 3
-    out_channels: int = 3
-    center_input_sample: bool = False
-    freq_shift: int = 0
-    flip_sin_to_cos: bool = True
-    down_block_types: tuple[str, ...] = ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D")
-    up_block_types: tuple[str, ...] = ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D")
-    block_out_channels: tuple[int, ...] = (224, 448, 672, 896)
-    layers_per_block: int = 2
-    mid_block_scale_factor: float = 1.0
-    downsample_padding: int = 1
-    dropout: float = 0.0
-    attention_head_dim: int | None = 8
-    norm_num_groups: int = 32
-    attn_norm_num_groups: int | None = None
-    norm_eps: float = 1e-5
-    resnet_time_scale_shift: str = "default"
-    add_attention: bool = True
-    num_class_embeds: int | None = None
-
-    @property
-    def time_embed_dim(self) -> int:
-        """Width of the time embedding: four times the first level's."""
-        return 4 * self.block_out_channels[0]
-
-    def __post_init__(self) -> None:
-        for name, (low, high) in _INT_RANGES.items():
-            _check_int(name, getattr(self, name), low, high)
-        for name in ("sample_size", "attention_head_dim", "attn_norm_num_groups", "num_class_embeds"):
-            if getattr(self, name) is not None:
-                _check_int(name, getattr(self, name), 1, 65536)
-        for name in ("center_input_sample", "flip_sin_to_cos", "add_attention"):
-            if not isinstance(getattr(self, name), bool):
-                _refuse(name, getattr(self, name), "true or false")
-        for name, low, high in (("dropout", 0.0, 0.99), ("norm_eps", 0.0, 1.0), ("mid_block_scale_factor", 1e-3, 1e3)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-                _refuse(name, value, f"a number in {low:g} ... {high:g}")
-        if self.resnet_time_scale_shift not in ("default", "scale_shift"):
-            _refuse("resnet_time_scale_shift", self.resnet_time_scale_shift, "'default' or 'scale_shift'")
-        self._check_levels()
-
-    def _check_levels(self) -> None:
-        widths, down, up = self.block_out_channels, self.down_block_types, self.up_block_types
-        if not isinstance(widths, tuple) or not 1 <= len(widths) <= 8:
-            _refuse("block_out_channels", widths, "a list of 1 to 8 widths")
-        for name, types, allowed in (
-            ("down_block_types", down, ("DownBlock2D", "AttnDownBlock2D")),
-            ("up_block_types", up, ("UpBlock2D", "AttnUpBlock2D")),
-        ):
-            if not isinstance(types, tuple) or len(types) != len(widths) or any(t not in allowed for t in types):
-                _refuse(name, types, f"{len(widths)} of {allowed}, one for each of block_out_channels")
-        for width in widths:
-            _check_int("block_out_channels", width, 4, 8192)
-            if width % self.norm_num_groups:
-                _refuse("norm_num_groups", self.norm_num_groups, f"a divisor of every width in {widths}")
-            if self.attention_head_dim is not None and width % self.attention_head_dim:
-                _refuse("attention_head_dim", self.attention_head_dim, f"null or a divisor of every width in {widths}")
-        if self.attn_norm_num_groups is not None and widths[-1] % self.attn_norm_num_groups:
-            _refuse("attn_norm_num_groups", self.attn_norm_num_groups, f"a divisor of the last width, {widths[-1]}")
-
-    @classmethod
-    def from_fields(cls, given: Mapping[str, Any]) -> UNetConfig:
-        """A config from a mapping: lists become tuples; a field that isn't known is refused by name."""
-        known = {f.name for f in fields(cls)}
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-        for name in values.keys() - known:
-            raise ConfigError(f"UNet config has no field {name!r}; it has {', '.join(sorted(known))}")
-        return cls(**values)
-
-    @classmethod
-    def from_diffusers(cls, config: Mapping[str, Any]) -> UNetConfig:
-        """A config from diffusers' own JSON; what this UNet can't be is refused with its name and value."""
-        values = {k: v for k, v in config.items() if not k.startswith("_")}
-        for name, allowed in _FIXED_IN_DIFFUSERS.items():
-            value = values.pop(name, allowed[0])
-            if value not in allowed:
-                _refuse(name, value, " or ".join(repr(a) for a in allowed))
-        embed_dim = values.pop("time_embedding_dim", None)
-        size = values.get("sample_size")
-        if isinstance(size, list) and len(size) == 2 and size[0] == size[1]:
-            values["sample_size"] = size[0]
-        made = cls.from_fields(values)
-        if embed_dim not in (None, made.time_embed_dim):
-            _refuse("time_embedding_dim", embed_dim, f"null or {made.time_embed_dim}")
-        return made
-
-    def to_diffusers(self) -> dict[str, Any]:
-        """The JSON object that diffusers' ``UNet2DModel.from_config`` takes."""
-        return {"_class_name": "UNet2DModel", **{k: v[0] for k, v in _FIXED_IN_DIFFUSERS.items()}, **asdict(self)}
-
-
-_INT_RANGES = {
-    "in_channels": (1, 1024),
-    "out_channels": (1, 2048),
-    "freq_shift": (0, 1),
-    "layers_per_block": (1, 16),
-    "downsample_padding": (0, 1),
-    "norm_num_groups": (1, 1024),
-}
-
-# Fields of UNet2DModel for which this UNet has one value; the first is what is written.
-_FIXED_IN_DIFFUSERS: dict[str, tuple[Any, ...]] = {
-    "time_embedding_type": ("positional",),
-    "mid_block_type": ("UNetMidBlock2D",),
-    "downsample_type": ("conv",),
-    "upsample_type": ("conv",),
-    "act_fn": ("silu", "swish"),
-    "class_embed_type": (None,),
-    "num_train_timesteps": (None,),
-}
-
-
-def _refuse(name: str, value: object, allowed: str) -> NoReturn:
-    shown = repr(value)
-    shown = shown if len(shown) <= 80 else shown[:77] + "..."
-    raise ConfigError(f"UNet config: {name} is {shown}; allowed: {allowed}")
-
-
-def _check_int(name: str, value: object, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        _refuse(name, value, f"an integer in {low} ... {high}")
+FLOAT_NAMES = ("F16", "BF16", "F32", "F64")  # safetensors' names of the dtypes that weights may have
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a small file. Strict: no NaN, no duplicate keys. Raises `CheckpointError`."""
+    """A JSON object from a small file. Strict: no NaN, no key twice, at most 1 MiB. Raises `CheckpointError`."""
 
     def no_constant(word: str) -> NoReturn:
         raise ValueError(f"{word} is not JSON")
@@ -173,9 +47,11 @@ def read_json(path: Path) -> dict[str, Any]:
         return made
 
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
+        with path.open("rb") as file:
+            data = file.read(MAX_JSON_BYTES + 1)
+        if len(data) > MAX_JSON_BYTES:
             raise ValueError(f"larger than {MAX_JSON_BYTES} bytes")
-        value = json.loads(path.read_bytes().decode(), parse_constant=no_constant, object_pairs_hook=unique)
+        value = json.loads(data.decode(), parse_constant=no_constant, object_pairs_hook=unique)
         if not isinstance(value, dict):
             raise ValueError("not a JSON object")
     except (OSError, ValueError, RecursionError) as error:
@@ -189,18 +65,21 @@ def _reason(error: BaseException) -> str:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that no reader ever sees a part of it: temporary file, fsync, rename. Raises `OutputError`."""
+    """Write a file so that no reader ever sees a part of it: temporary file, fsync, rename. Raises `OutputError`.
+
+    Makes the folders above it. A file that is there is replaced, or, where anything fails, left as it was.
+    """
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name[:64]}.", delete=False) as file:
             temporary = Path(file.name)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.chmod(0o644)
         temporary.replace(path)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise OutputError(f"can't write {path}: {_reason(error)}") from error
     finally:
         if temporary is not None:
@@ -208,47 +87,83 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON object, atomically, with a newline at its end."""
-    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+    """Write a JSON object, atomically, with a newline at its end. NaN and infinity are a ValueError."""
+    write_atomically(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
 _Net = TypeVar("_Net", bound="UNet")
 
 
-def load_unet(cls: type[_Net], folder: Path) -> _Net:
+def load_unet(cls: type[_Net], folder: Path, dtype: torch.dtype | None) -> _Net:
     """Build `cls` from a folder in diffusers' layout; see `UNet.from_pretrained`."""
     import torch
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
 
-    if not (folder / CONFIG_NAME).is_file() and (folder / "unet" / CONFIG_NAME).is_file():
-        folder = folder / "unet"
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
-        if not (folder / name).is_file():
-            raise CheckpointError(
-                f"{folder} holds no UNet: {name} is missing (expected {CONFIG_NAME} and {WEIGHTS_NAME})"
-            )
+    if dtype is not None and dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise InputError(f"dtype is {dtype}; allowed: float16, bfloat16, float32, float64, or None for the file's own")
+    folder = _find_folder(folder)
     config = read_json(folder / CONFIG_NAME)
-    if config.get("_class_name", "UNet2DModel") != "UNet2DModel":
-        raise CheckpointError(f"{folder} holds a {config['_class_name']}, not a UNet2DModel")
+    kind = config.get("_class_name", "UNet2DModel")
+    if kind != "UNet2DModel":
+        raise CheckpointError(f"{folder} holds a {shown(kind)}; this reads a 'UNet2DModel'")
+    checked = UNetConfig.from_diffusers(config)
     with torch.device("meta"):
-        model = cls(UNetConfig.from_diffusers(config))
+        model = cls(checked)
     expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    count = sum(p.numel() for p in model.parameters())
-    if count > MAX_PARAMETERS:
-        raise CheckpointError(f"{folder}: the config asks for {count:.3g} parameters; at most {MAX_PARAMETERS:.0e}")
     try:
-        with safe_open(folder / WEIGHTS_NAME, framework="pt") as file:
-            names = {_current_name(key): key for key in file.keys()}  # noqa: SIM118 (a handle, not a dict)
-            shapes = {name: tuple(file.get_slice(key).get_shape()) for name, key in names.items()}
-            _check_names(folder, expected, shapes)
-            state = {name: file.get_tensor(key) for name, key in names.items()}
+        state = _read_tensors(folder / WEIGHTS_NAME, expected, dtype)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{folder / WEIGHTS_NAME}: not a safetensors file ({_reason(error)})") from error
-    dtypes = {tensor.dtype for tensor in state.values()}
-    if len(dtypes) != 1 or not next(iter(dtypes)).is_floating_point:
-        raise CheckpointError(f"{folder / WEIGHTS_NAME}: weights are {sorted(map(str, dtypes))}; one float dtype only")
+        raise CheckpointError(f"{folder / WEIGHTS_NAME}: not a sound safetensors file ({_reason(error)})") from error
     model.load_state_dict(state, assign=True)
     return model.eval().requires_grad_(False)
+
+
+def _find_folder(folder: Path) -> Path:
+    """The folder that has both files: `folder`, or its ``unet``. Raises `CheckpointError` where there is none."""
+    if not os.path.isfile(folder / CONFIG_NAME) and os.path.isfile(folder / "unet" / CONFIG_NAME):
+        folder = folder / "unet"
+    if not os.path.isdir(folder):
+        raise CheckpointError(f"{folder}: no such folder; a UNet is a folder with {CONFIG_NAME} and {WEIGHTS_NAME}")
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if os.path.isfile(folder / name):
+            continue
+        pickled = next((p for p in PICKLED_NAMES if os.path.isfile(folder / p)), None)
+        if name == WEIGHTS_NAME and pickled:
+            raise CheckpointError(
+                f"{folder} has its weights in {pickled}, a pickle, which can run code; only safetensors are read: "
+                "if you trust it, load it in diffusers and save_pretrained it again"
+            )
+        raise CheckpointError(f"{folder} holds no UNet: {name} is missing (expected {CONFIG_NAME} and {WEIGHTS_NAME})")
+    return folder
+
+
+def _read_tensors(
+    path: Path, expected: Mapping[str, tuple[int, ...]], dtype: torch.dtype | None
+) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file under their current names, once its header has been checked."""
+    from safetensors import safe_open
+
+    with path.open("rb") as raw:
+        size = int.from_bytes(raw.read(8), "little")
+    if size > MAX_HEADER_BYTES:
+        raise CheckpointError(f"{path}: its header has {size} bytes; at most {MAX_HEADER_BYTES}: no weights of a UNet")
+    with safe_open(path, framework="pt") as file:
+        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (a handle, not a dict)
+        names = {_current_name(key): key for key in slices}
+        _check_shapes(path, expected, {name: tuple(slices[key].get_shape()) for name, key in names.items()})
+        if len(names) != len(slices):
+            raise CheckpointError(f"{path}: a tensor is there twice, under its old and its new name")
+        kinds = sorted({piece.get_dtype() for piece in slices.values()})
+        if len(kinds) != 1 or kinds[0] not in FLOAT_NAMES:
+            raise CheckpointError(
+                f"{path}: the tensors are {', '.join(kinds)}; allowed: one of {', '.join(FLOAT_NAMES)}"
+            )
+        # copy: the file's own pages may change under us
+        state = {name: file.get_tensor(key).to(dtype=dtype, copy=True) for name, key in names.items()}
+    for name, tensor in state.items():
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"{path}: {name} has values that are not finite (as {tensor.dtype})")
+    return state
 
 
 def _current_name(key: str) -> str:
@@ -257,13 +172,11 @@ def _current_name(key: str) -> str:
     return key
 
 
-def _check_names(folder: Path, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
-    if expected == found:
-        return
+def _check_shapes(path: Path, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise CheckpointError(
-                f"{folder}: the weights are not this config's: {name} is "
+                f"{path}: the weights are not this config's: {shown(name)} is "
                 f"{found.get(name, 'missing')} in the file, {expected.get(name, 'absent')} in the network"
             )
 

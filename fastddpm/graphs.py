@@ -1,8 +1,8 @@
 """Capture one step of the sampling loop into a CUDA graph, and replay it.
 
-A step works on buffers that stay where they are (`sampler.Buffers`); seed, cursor and table are in device memory, so every
-replay draws its own noise and applies its own row. What a graph can't do is told from what the user did wrong: an
-error in the warm-up is the model's and is raised as it is; an error in the capture is a `GraphCaptureError`.
+A step works on buffers that stay where they are (`sampler.Buffers`); seed, cursor and table are in device memory, so
+every replay draws its own noise and applies its own row. What a graph can't do is told from what the user did wrong:
+an error in the warm-up is the model's and is raised as it is; an error in the capture is a `GraphCaptureError`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ WARM_UPS = 3  # cuBLAS, cuDNN and Triton initialise lazily, and may not do so du
 def capture(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """Run `step` a few times, capture it, and return the function that replays it on the current stream.
 
-    Raises `GraphCaptureError` where the step can't be captured: it synchronises with the host (``.item()``, a branch on a
-    tensor's value), copies from pageable memory, or draws from torch's random generator (a replay would repeat it).
+    Raises `GraphCaptureError` where the step can't be captured: it synchronises with the host (``.item()``, a branch
+    on a tensor's value), copies from pageable memory, or draws from torch's random generator (every replay would draw
+    the same).
     """
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
@@ -65,7 +66,7 @@ T = TypeVar("T")
 
 
 class RecentlyUsed(Generic[T]):
-    """At most `size` values by key; the least recently used leaves. Keys that start alike can be dropped together."""
+    """At most `size` values by key; the least recently used leaves."""
 
     def __init__(self, size: int = MAX_GRAPHS) -> None:
         self._size = size

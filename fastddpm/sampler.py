@@ -1,4 +1,4 @@
-"""`Sampler`: an epsilon-model and a step table become samples. `_run` is the loop; the rest prepares its buffers."""
+"""`Sampler`: an epsilon-model and a step table become samples. `sample` is the loop, `_step` its body."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
-from fastddpm_kernels import advance_, normal, reverse_step_
+from fastddpm_kernels import advance_, normal, reference, reverse_step_
 from fastddpm_kernels import columns as col
-from fastddpm_kernels import reference
 from fastddpm_kernels.constants import STREAM_INITIAL
 from torch import Tensor, nn
 
@@ -86,7 +85,7 @@ class Sampler:
         table: the solver, from `fastddpm.solvers`.
         dtype: dtype of the model's input; None: that of its parameters, or float32 where it has none.
         graph: on CUDA, "auto" captures a step into a CUDA graph and replays it (for a model that can't be captured: one
-            warning, then the eager loop with the same bytes); True insists; False never does. Nothing else changes on a CPU.
+            warning, then the eager loop with the same bytes); True insists; False never does. On a CPU there is none.
         batch_size: compute in batches of exactly this many samples, the last one padded. The result of a seed is then
             the same, bit for bit, whatever it is sampled with. None: one batch of all.
         device: where to sample; None: where the model's parameters are, or x_T, or the CPU.
@@ -160,8 +159,9 @@ class Sampler:
         with self._lock, torch.no_grad(), self._bar(progress, shape[0], size) as bar:
             for rows in torch.arange(shape[0]).split(size):
                 padded = torch.cat([rows, rows[-1:].expand(size - len(rows))])  # the last sample again and again
-                buffers, step = self._prepared((size, *shape[1:]), _rows(kwargs, padded, shape[0]), x_T, trace=False)
-                buffers.start(None if x_T is None else x_T[padded], bits[padded], _rows(kwargs, padded, shape[0]))
+                part = _rows(kwargs, padded, shape[0])
+                buffers, step = self._prepared((size, *shape[1:]), part, x_T)
+                buffers.start(None if x_T is None else x_T[padded], bits[padded], part)
                 for _ in range(self.table.num_rows):
                     step()
                     bar.update()
@@ -187,14 +187,14 @@ class Sampler:
         kwargs = dict(model_kwargs or {})
         with self._bar(progress, shape[0], shape[0]) as bar:
             with torch.no_grad():
-                buffers = self._allocate(shape, kwargs, x_T, trace=True)
+                buffers = self._allocate(shape, kwargs, x_T)
+                buffers.x0 = x0 = torch.empty_like(buffers.x)
                 buffers.start(x_T, bits, kwargs)
             for i, t in enumerate(self.table.timesteps):
                 with torch.no_grad():
                     self._step(buffers)
                 bar.update()
-                assert buffers.x0 is not None
-                yield TraceStep(i, float(t), buffers.x.clone(), buffers.x0.clone())
+                yield TraceStep(i, float(t), buffers.x.clone(), x0.clone())
         self._finite(buffers.x, buffers.nonfinite, seeds)
 
     # --- one step, and what it needs ----------------------------------------------------------------------------------
@@ -219,7 +219,7 @@ class Sampler:
         advance_(b.cursor, b.t, b.table)
 
     def _prepared(
-        self, shape: tuple[int, ...], kwargs: dict[str, Any], x_T: Tensor | None, *, trace: bool
+        self, shape: tuple[int, ...], kwargs: dict[str, Any], x_T: Tensor | None
     ) -> tuple[Buffers, Callable[[], None]]:
         """Buffers, and the function that does a step on them: eagerly, or by replaying a graph."""
         device = self._device(x_T)
@@ -235,17 +235,17 @@ class Sampler:
                     raise
                 self._graph_refused = True  # a failed capture is not tried again
                 warnings.warn(f"no CUDA graph: {error}; sampling goes on eagerly, slower", stacklevel=3)
-        buffers = self._allocate(shape, kwargs, x_T, trace=trace)
+        buffers = self._allocate(shape, kwargs, x_T)
         return buffers, partial(self._step, buffers)
 
     def _capture(
         self, shape: tuple[int, ...], kwargs: dict[str, Any], x_T: Tensor | None, device: torch.device
     ) -> tuple[Buffers, Callable[[], None]]:
-        buffers = self._allocate(shape, kwargs, x_T, trace=False)
-        buffers.start(x_T, buffers.seeds, kwargs)
+        buffers = self._allocate(shape, kwargs, x_T)
+        buffers.start(None, buffers.seeds, kwargs)  # the warm-up runs on noise of seed 0
         return buffers, graphs.capture(partial(self._step, buffers), device)
 
-    def _allocate(self, shape: tuple[int, ...], kwargs: Mapping[str, Any], x_T: Tensor | None, *, trace: bool) -> Buffers:
+    def _allocate(self, shape: tuple[int, ...], kwargs: Mapping[str, Any], x_T: Tensor | None) -> Buffers:
         device, batch = self._device(x_T), shape[0]
         table = torch.tensor(self.table.with_identity(), dtype=self.state_dtype, device=device)
         whole = all(t.is_integer() for t in self.table.timesteps.tolist())
@@ -259,7 +259,6 @@ class Sampler:
             cursor=torch.zeros(batch, dtype=torch.int32, device=device),
             seeds=torch.zeros(batch, dtype=torch.int64, device=device),
             nonfinite=torch.zeros(batch, dtype=torch.int32, device=device),
-            x0=state() if trace else None,
             h1=state() if history >= 1 else None,
             h2=state() if history >= 2 else None,
             model_kwargs={k: v.to(device, copy=True) if isinstance(v, Tensor) else v for k, v in kwargs.items()},
@@ -343,11 +342,13 @@ def _rows(kwargs: Mapping[str, Any], rows: Tensor, batch: int) -> dict[str, Any]
 
 def _key(shape: tuple[int, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
     """What a captured graph is for. A tensor enters by shape and dtype, anything else by what it is."""
-    described = [
-        (k, v.shape, v.dtype, v.stride()) if isinstance(v, Tensor) else (k, type(v), repr(v), id(v))
-        for k, v in sorted(kwargs.items())
-    ]
-    return shape, tuple(described)
+
+    def described(v: Any) -> tuple[Any, ...]:
+        if isinstance(v, Tensor):
+            return v.shape, v.dtype, v.stride()
+        return type(v), v if isinstance(v, bool | int | float | str | None) else id(v)  # the buffers keep v, so its id
+
+    return shape, tuple((k, described(v)) for k, v in sorted(kwargs.items()))
 
 
 def _tensor_of(output: Any, shape: torch.Size) -> Tensor:

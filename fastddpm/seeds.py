@@ -27,9 +27,10 @@ def check_seed(seed: object) -> int:
 def sample_seeds(seed: int | Sequence[int], n: int) -> Tensor:
     """One 64-bit seed for each of n samples, as their bits: int64 [n], on the CPU.
 
-    A sequence of n integers is taken as it is. From a single integer, sample i gets output i of SplitMix64 (Steele et
-    al. 2014, "Fast splittable pseudorandom number generators") whose state is the mixed integer: mix(mix(seed) + (i + 1) g)
-    with g = 0x9E3779B97F4A7C15. So the first samples of a seed do not depend on n, and seeds 0 and 1 share no sample.
+    A sequence of n integers is taken as it is. From a single integer, sample i gets output i of a SplitMix64 generator
+    (Steele et al. 2014, "Fast splittable pseudorandom number generators") that starts at the mixed integer:
+    mix(mix(seed) + (i + 1) g), g = 0x9E3779B97F4A7C15. So the first samples of a seed don't depend on n, and
+    neighbouring seeds share no sample.
 
     Raises:
         InputError: a seed that isn't an integer in 0 ... 2^64 - 1, or not n of them.

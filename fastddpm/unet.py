@@ -10,13 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checkpoint import UNetConfig, load_unet, save_unet
-from .errors import InputError
+from .checkpoint import load_unet, save_unet
+from .errors import ConfigError, InputError
+from .unet_config import UNetConfig
 
 
 def timestep_embedding(t: Tensor, dim: int, *, cos_first: bool, freq_shift: float) -> Tensor:
@@ -27,8 +29,8 @@ def timestep_embedding(t: Tensor, dim: int, *, cos_first: bool, freq_shift: floa
     """
     half = dim // 2
     dtype = torch.float64 if t.dtype == torch.float64 else torch.float32
-    exponent = -math.log(10000.0) / (half - freq_shift)
-    frequencies = torch.exp(torch.arange(half, dtype=dtype, device=t.device) * exponent)
+    exponent = -math.log(10000.0) * torch.arange(half, dtype=dtype, device=t.device)  # diffusers' order of operations
+    frequencies = torch.exp(exponent / (half - freq_shift))
     angle = t.to(dtype)[:, None] * frequencies
     parts = [angle.cos(), angle.sin()] if cos_first else [angle.sin(), angle.cos()]
     return F.pad(torch.cat(parts, dim=1), (0, dim % 2))
@@ -47,7 +49,7 @@ class TimeEmbedding(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """GroupNorm-SiLU-conv twice, the time embedding between them, and a shortcut: [B, c_in, H, W] -> [B, c_out, H, W]."""
+    """GroupNorm-SiLU-conv twice, the time embedding between, and a shortcut: [B, c_in, H, W] -> [B, c_out, H, W]."""
 
     def __init__(self, c_in: int, c_out: int, config: UNetConfig, *, rescale: float = 1.0) -> None:
         super().__init__()
@@ -179,9 +181,7 @@ class MiddleLevel(nn.Module):
     def __init__(self, channels: int, config: UNetConfig) -> None:
         super().__init__()
         rescale = config.mid_block_scale_factor
-        groups = config.attn_norm_num_groups
-        if groups is None and config.resnet_time_scale_shift == "default":
-            groups = config.norm_num_groups  # with scale_shift, diffusers leaves this attention unnormalised
+        groups = config.mid_attention_groups
         self.resnets = nn.ModuleList(ResBlock(channels, channels, config, rescale=rescale) for _ in range(2))
         attention = [SelfAttention(channels, config, groups=groups, rescale=rescale)] if config.add_attention else []
         self.attentions = nn.ModuleList(attention)
@@ -206,6 +206,8 @@ class UNet(nn.Module):
 
     def __init__(self, config: UNetConfig | None = None, **fields: object) -> None:
         super().__init__()
+        if config is not None and fields:
+            raise ConfigError(f"UNet takes a UNetConfig or its fields, not both: leave out {', '.join(fields)}")
         self.config = config = UNetConfig.from_fields(fields) if config is None else config
         widths = config.block_out_channels
         last = len(widths) - 1
@@ -241,17 +243,30 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> UNet:
-        """Read a ``UNet2DModel`` folder: config.json and diffusion_pytorch_model.safetensors.
+    def from_pretrained(cls, folder: str | Path, *, dtype: torch.dtype | None = torch.float32) -> Self:
+        """Read a ``UNet2DModel`` folder: config.json and diffusion_pytorch_model.safetensors. No code is run from it.
 
-        `folder` may also be a pipeline's folder that has them in ``unet/``. Returns the network in eval
-        mode, in the dtype of the file. No code is run from the folder. Raises `CheckpointError` for a
-        missing, damaged or foreign folder, `ConfigError` for a config that this UNet can't be.
+        Args:
+            folder: has the two files; or a pipeline's folder that has them in ``unet/``.
+            dtype: of the weights once read, float32 by default, whatever the file's; None keeps the file's.
+
+        Returns:
+            The network on the CPU, in eval mode, with parameters that need no gradient
+            (``.train().requires_grad_()`` to go on training).
+
+        Raises:
+            CheckpointError: a folder that is missing, damaged or foreign, or weights that are not finite.
+            ConfigError: an architecture that this UNet can't be.
+            InputError: a dtype that is no float.
         """
-        return load_unet(cls, Path(folder))
+        return load_unet(cls, Path(folder), dtype)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and diffusion_pytorch_model.safetensors; diffusers' ``from_pretrained`` reads them."""
+        """Write config.json and diffusion_pytorch_model.safetensors; diffusers' ``from_pretrained`` reads them.
+
+        Each file is written whole or not at all, in the weights' dtype; the same weights give the same bytes.
+        Raises `OutputError` where the folder can't be written.
+        """
         save_unet(self, Path(folder))
 
     @property
@@ -273,7 +288,12 @@ class UNet(nn.Module):
         """All that depends on time step and class alone: SiLU of their embedding, [batch, time_embed_dim]."""
         config = self.config
         device = self.conv_in.weight.device
-        t = torch.as_tensor(t, device=device).expand(batch)
+        t = torch.as_tensor(t, device=device)
+        if t.shape not in ((), (1,), (batch,)):
+            raise InputError(
+                f"t has shape {tuple(t.shape)}; the UNet takes a number, or a tensor of shape [] or [{batch}]"
+            )
+        t = t.expand(batch)
         if self.dtype == torch.float64:
             t = t.double()
         emb = timestep_embedding(
@@ -285,6 +305,9 @@ class UNet(nn.Module):
                 raise InputError("class_labels were given, but this UNet is not class-conditional: leave them out")
         elif class_labels is None:
             raise InputError("this UNet is class-conditional: give class_labels, an int64 tensor of shape [batch]")
+        elif class_labels.shape != (batch,) or class_labels.dtype not in (torch.int64, torch.int32):
+            given = f"{class_labels.dtype} {list(class_labels.shape)}"
+            raise InputError(f"class_labels are {given}; the UNet takes an int64 tensor of shape [{batch}]")
         else:
             emb = emb + self.class_embedding(class_labels)
         return F.silu(emb)

@@ -69,9 +69,9 @@ class ImageSet:
     def fingerprint(self) -> str:
         """SHA-256 over shape, images and labels, in hexadecimal: the data set's identity."""
         digest = hashlib.sha256(repr((tuple(self.images.shape), self.labels is not None)).encode())
-        digest.update(memoryview(self.images.contiguous().numpy()))
+        digest.update(self.images.contiguous().numpy().data)
         if self.labels is not None:
-            digest.update(memoryview(self.labels.contiguous().numpy()))
+            digest.update(self.labels.contiguous().numpy().data)
         return digest.hexdigest()
 
 

@@ -6,7 +6,8 @@ the functions that check their arguments and call these.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -121,6 +122,16 @@ def _q_sample_cuda(
     return out, noise
 
 
+def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device, which may not be the tensors'."""
+
+    def guarded(*args: Any) -> Any:
+        with torch.cuda.device_of(args[0]):
+            return launch(*args)
+
+    return guarded
+
+
 def _in_model_order(m: Tensor) -> Tensor:
     """As it is where the kernel can read it (contiguous, or 4-d channels_last), else a contiguous copy."""
     known = m.ndim == 4 and m.is_contiguous(memory_format=torch.channels_last)
@@ -173,12 +184,13 @@ def _reverse_step_inplace_cuda(
     limited: bool,
     noise: bool,
 ) -> None:
+    from .lanes import memory_order
     from .reverse_step import launch_reverse_step
 
     m = _in_model_order(model_output)
-    if model_input is not None and model_input.stride() != m.stride():
-        m = m.contiguous(memory_format=torch.contiguous_format)
-        m = torch.empty_strided(m.shape, model_input.stride(), dtype=m.dtype, device=m.device).copy_(m)
+    if model_input is not None and memory_order(model_input) != memory_order(m):
+        last = memory_order(model_input)[0] > 0
+        m = m.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
     launch_reverse_step(
         x,
         m,
@@ -222,7 +234,7 @@ for _name, _cpu, _cuda in (
     ("advance_", _advance_cpu, _advance_cuda),
 ):
     _LIB.impl(_name, _cpu, "CPU")
-    _LIB.impl(_name, _cuda, "CUDA")
+    _LIB.impl(_name, _on_its_device(_cuda), "CUDA")
 
 torch.library.register_fake("fastddpm::normal", _normal_fake, lib=_LIB)
 torch.library.register_fake("fastddpm::add_noise", lambda x0, *_: _contiguous_like(x0), lib=_LIB)
