@@ -10,7 +10,7 @@ import hashlib
 import math
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -225,9 +225,3 @@ def _labels(path: Path, labels: NDArray[np.generic], n: int) -> Tensor:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def describe(data: ImageSet) -> Mapping[str, int]:
-    """What a line on the screen says about a data set."""
-    n, channels, height, width = data.images.shape
-    return {"images": n, "channels": channels, "height": height, "width": width, "classes": data.num_classes}
