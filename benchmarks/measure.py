@@ -1,0 +1,86 @@
+"""How every benchmark here measures: all contenders in one run, in rotated order; and on what machine that was."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass
+class Times:
+    """Seconds of each call: by the clock, and of processor time over all threads of this process."""
+
+    wall: list[float]
+    cpu: list[float]
+
+    @property
+    def median(self) -> float:
+        """Median time of a call by the clock, in seconds."""
+        return statistics.median(self.wall)
+
+    @property
+    def median_cpu(self) -> float:
+        """Median processor time of a call, in seconds: it counts less of what other processes do to the clock."""
+        return statistics.median(self.cpu)
+
+
+class Interleaved:
+    """Contenders that are called in turn, each round beginning with another: slow spells fall on all of them alike."""
+
+    def __init__(self, contenders: Mapping[str, Callable[[], object]]) -> None:
+        self.contenders = dict(contenders)
+        self.times = {name: Times([], []) for name in contenders}
+        self.rounds = 0
+
+    def __call__(self) -> None:
+        """One round."""
+        names = list(self.contenders)
+        first = self.rounds % len(names)
+        self.rounds += 1
+        for name in names[first:] + names[:first]:
+            wall, cpu = time.perf_counter(), time.process_time()
+            self.contenders[name]()
+            self.times[name].cpu.append(time.process_time() - cpu)
+            self.times[name].wall.append(time.perf_counter() - wall)
+
+
+def machine() -> dict[str, Any]:
+    """What a figure depends on: processor, threads, other load, versions."""
+    names = ("torch", "triton", "numpy", "diffusers")
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "not set"),
+        "load_average": round(os.getloadavg()[0], 2),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in names},
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def table(title: str, rows: Mapping[str, Mapping[str, str]]) -> str:
+    """A text table: a line for each row, a column for each key."""
+    columns = list(next(iter(rows.values())))
+    cells = [["", *columns], *([name, *(row[c] for c in columns)] for name, row in rows.items())]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    lines = ["  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
+             for line in cells]  # fmt: skip
+    return "\n".join(["", title, *lines])

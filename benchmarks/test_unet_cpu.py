@@ -1,0 +1,90 @@
+"""One forward of the shipped UNet on the CPU, batch 16, against diffusers' UNet2DModel with the same weights.
+
+Run: ``OMP_WAIT_POLICY=PASSIVE pytest benchmarks/test_unet_cpu.py -s`` (``OMP_NUM_THREADS`` sets the threads).
+Correct first, then timed, all in one run in rotated order; medians. diffusers runs in eager float32, in its default
+memory format and in channels_last: the comparison is with the faster of the two.
+"""
+
+import json
+from collections.abc import Callable
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+from measure import Interleaved, machine, table
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
+
+from fastddpm.unet import UNet
+from fastddpm.unet_config import UNetConfig
+
+SHIPPED = UNetConfig(
+    sample_size=32,
+    in_channels=1,
+    out_channels=1,
+    block_out_channels=(32, 48, 96, 160),
+    layers_per_block=1,
+    down_block_types=("DownBlock2D",) * 4,
+    up_block_types=("UpBlock2D",) * 4,
+    norm_num_groups=8,
+    attention_head_dim=None,
+    num_class_embeds=11,
+)
+BATCH, ROUNDS = 16, 21
+FLOAT32_BOUND = 1e-5  # greatest absolute difference from diffusers in float32; the output's own size is about 1
+BFLOAT16_BOUND = 5e-2  # 8 bits of significand through 20 layers; measured: 1.7e-2
+PEERS = ("diffusers float32", "diffusers float32 channels_last")
+
+
+def contenders() -> dict[str, Callable[[], Tensor]]:
+    """The forwards, all with the same weights and the same input."""
+    torch.manual_seed(0)
+    theirs = UNet2DModel(**{k: v for k, v in SHIPPED.to_diffusers().items() if k[0] != "_"}).eval()
+    x, t, labels = torch.randn(BATCH, 1, 32, 32), torch.randint(0, 1000, (BATCH,)), torch.arange(BATCH) % 11
+
+    def made(
+        kind: type[UNet] | type[UNet2DModel], dtype: torch.dtype, layout: torch.memory_format
+    ) -> Callable[[], Tensor]:
+        net = UNet(SHIPPED) if kind is UNet else UNet2DModel(**dict(theirs.config))
+        net.load_state_dict(theirs.state_dict())
+        net = net.eval().to(dtype=dtype, memory_format=layout)
+        given = x.to(dtype=dtype, memory_format=layout)
+        return (lambda: net(given, t, labels)) if kind is UNet else (lambda: net(given, t, labels).sample)
+
+    plain, last = torch.contiguous_format, torch.channels_last
+    return {
+        PEERS[0]: made(UNet2DModel, torch.float32, plain),
+        PEERS[1]: made(UNet2DModel, torch.float32, last),
+        "fastddpm float32": made(UNet, torch.float32, plain),
+        "fastddpm float32 channels_last": made(UNet, torch.float32, last),
+        "fastddpm bfloat16 channels_last": made(UNet, torch.bfloat16, last),
+    }
+
+
+@torch.inference_mode()
+def test_unet_cpu(benchmark: BenchmarkFixture, capsys: pytest.CaptureFixture[str]) -> None:
+    calls = contenders()
+    expected = calls[PEERS[0]]()
+    errors = {name: (call().float() - expected).abs().max().item() for name, call in calls.items()}
+    for name, error in errors.items():
+        assert error <= (BFLOAT16_BOUND if "bfloat16" in name else FLOAT32_BOUND), f"{name}: off by {error:.3g}"
+
+    measured = Interleaved(calls)
+    benchmark.pedantic(measured, rounds=ROUNDS, iterations=1, warmup_rounds=0)
+    times = measured.times
+    best_peer = min(times[name].median for name in PEERS)
+    rows = {
+        name: {
+            "median ms": f"{taken.median * 1e3:.1f}",
+            "cpu ms": f"{taken.median_cpu * 1e3:.1f}",
+            "image-steps/s": f"{BATCH / taken.median:.0f}",
+            "x diffusers' best": f"{best_peer / taken.median:.2f}",
+            "max abs difference": f"{errors[name]:.1e}",
+        }
+        for name, taken in times.items()
+    }
+    benchmark.extra_info.update(machine=machine(), rows=rows, batch=BATCH, parameters=SHIPPED.num_parameters)
+    with capsys.disabled():
+        print(table(f"UNet forward, CPU, batch {BATCH}, {SHIPPED.num_parameters / 1e6:.2f}M parameters", rows))
+        print(json.dumps(machine()))
+    assert min(taken.median for name, taken in times.items() if name not in PEERS) <= best_peer
