@@ -132,6 +132,12 @@ def test_the_constraints_pin_every_dependency_that_is_declared() -> None:
     assert required | optional <= pinned
 
 
+def test_the_version_is_the_same_everywhere() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert run_python("import fastddpm; print(fastddpm.__version__)") == f"{version}\n"
+    assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
 def test_the_readme_has_the_two_commands_that_ci_runs() -> None:
     readme = (ROOT / "README.md").read_text()
     run, test = (
