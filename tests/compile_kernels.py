@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import triton
-from fastddpm_kernels import philox, q_sample, reverse_step
+from fastddpm_kernels import philox, q_sample_kernel, reverse_step_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -36,13 +36,13 @@ def variants() -> dict[str, ASTSource]:
     """Every kernel, with the arguments that the launchers give."""
     made = {}
     step = {"table_ptr": "*fp32", "cursor_ptr": "*i32", "seeds_ptr": "*i64", "nonfinite_ptr": "*i32"}
-    step |= {name: "*fp32" for name in ("x_ptr", "out_ptr", "x0_ptr", "h1_ptr", "h2_ptr")}
+    step |= dict.fromkeys(("x_ptr", "out_ptr", "x0_ptr", "h1_ptr", "h2_ptr"), "*fp32")
 
     def reverse(dtype="bf16", *, aligned=True, **switches):
         constexprs = dict(LIMITED=True, NOISE=True, HISTORY=0, WRITE_INPUT=True, WRITE_X0=False)
         constexprs |= dict(PLANE=0, CHANNELS=0, BLOCK=512) | switches
         pointers = step | {"m_ptr": f"*{dtype}", "input_ptr": f"*{dtype}"}
-        return source(reverse_step.reverse_step_kernel, pointers, constexprs, aligned=aligned)
+        return source(reverse_step_kernel.reverse_step_kernel, pointers, constexprs, aligned=aligned)
 
     for dtype in ("fp32", "bf16", "fp16"):
         made[f"reverse_step-{dtype}"] = reverse(dtype)
@@ -61,9 +61,9 @@ def variants() -> dict[str, ASTSource]:
             pointers |= {"t_ptr": "*i64", "table_ptr": "*fp32", "seeds_ptr": "*i64"}
             constexprs = dict(stream=2, DRAW=draw, BLOCK=512)
             name = f"{'q_sample' if draw else 'add_noise'}-{dtype}"
-            made[name] = source(q_sample.q_sample_kernel, pointers, constexprs)
+            made[name] = source(q_sample_kernel.q_sample_kernel, pointers, constexprs)
     pointers = {"cursor_ptr": "*i32", "t_ptr": "*i64", "table_ptr": "*fp32"}
-    made["advance"] = source(reverse_step.advance_kernel, pointers, dict(BLOCK=128))
+    made["advance"] = source(reverse_step_kernel.advance_kernel, pointers, dict(BLOCK=128))
     return made
 
 
@@ -83,6 +83,7 @@ def inspect(compiled) -> dict[str, object]:
         "loads": sorted({op for op in sass if op.startswith("LDG")}),
         "stores": sorted({op for op in sass if op.startswith("STG")}),
         "instructions": sum(not op.startswith("NOP") for op in sass),
+        "conversions": sorted(set(re.findall(r"cvt\.rn[\w.]*", compiled.asm["ptx"]))),
         "nan_clamp": ".NaN" in compiled.asm["ptx"],
         "fp_fusion": compiled.metadata.enable_fp_fusion,
     }

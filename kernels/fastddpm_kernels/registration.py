@@ -105,7 +105,7 @@ def _normal_cuda(seeds: Tensor, shape: Sequence[int], step: int, stream: int) ->
 
 
 def _add_noise_cuda(x0: Tensor, noise: Tensor, t: Tensor, table: Tensor) -> Tensor:
-    from .q_sample import launch_q_sample
+    from .q_sample_kernel import launch_q_sample
 
     out = torch.empty_like(x0, memory_format=torch.contiguous_format)
     launch_q_sample(x0.contiguous(), noise.contiguous(), out, t, table)
@@ -115,7 +115,7 @@ def _add_noise_cuda(x0: Tensor, noise: Tensor, t: Tensor, table: Tensor) -> Tens
 def _q_sample_cuda(
     x0: Tensor, t: Tensor, table: Tensor, seeds: Tensor, step: int, stream: int
 ) -> tuple[Tensor, Tensor]:
-    from .q_sample import launch_q_sample
+    from .q_sample_kernel import launch_q_sample
 
     out, noise = (torch.empty_like(x0, memory_format=torch.contiguous_format) for _ in range(2))
     launch_q_sample(x0.contiguous(), noise, out, t, table, seeds, step=step, stream=stream)
@@ -149,7 +149,7 @@ def _reverse_step_cuda(
     limited: bool,
     noise: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from .reverse_step import launch_reverse_step
+    from .reverse_step_kernel import launch_reverse_step
 
     out, x0 = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
     nonfinite = torch.zeros_like(cursor, dtype=torch.int32)
@@ -185,7 +185,7 @@ def _reverse_step_inplace_cuda(
     noise: bool,
 ) -> None:
     from .lanes import memory_order
-    from .reverse_step import launch_reverse_step
+    from .reverse_step_kernel import launch_reverse_step
 
     m = _in_model_order(model_output)
     if model_input is not None and memory_order(model_input) != memory_order(m):
@@ -209,7 +209,7 @@ def _reverse_step_inplace_cuda(
 
 
 def _advance_cuda(cursor: Tensor, t: Tensor, table: Tensor) -> None:
-    from .reverse_step import launch_advance
+    from .reverse_step_kernel import launch_advance
 
     launch_advance(cursor, t, table)
 

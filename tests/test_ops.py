@@ -1,0 +1,62 @@
+"""The registrations: what `torch.library.opcheck` asks, and that a compiled step is one graph."""
+
+from pathlib import Path
+
+import fastddpm_kernels as kernels
+import pytest
+import torch
+from helpers import random_table
+
+SEEDS = torch.tensor([5, 6, -1])
+CURSOR = torch.tensor([0, 3, 2], dtype=torch.int32)
+TABLE = random_table(5).float().cpu()
+SHAPE = (3, 3, 5, 7)
+
+
+def randn(dtype=torch.float32, *, grad=False):
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_(grad)
+
+
+def calls():
+    t, pairs, flags = torch.tensor([1, 2, 0]), torch.rand(5, 2), torch.zeros(3, dtype=torch.int32)
+    bf16 = torch.bfloat16
+    yield "normal", (SEEDS, [3, 4], 0, 1)
+    yield "add_noise", (randn(grad=True), randn(grad=True), t, pairs)
+    yield "q_sample", (randn(grad=True), t, pairs, SEEDS, 1, 2)
+    yield "q_sample", (randn(bf16), t, pairs, SEEDS, 1, 2)
+    yield "reverse_step", (randn(), randn(bf16), TABLE, CURSOR, SEEDS, randn(), randn(), True, True)
+    yield "reverse_step", (randn(), randn(), TABLE, CURSOR, SEEDS, None, None, False, False)
+    buffers = (randn(), randn(), randn(bf16), randn())
+    yield "reverse_step_", (randn(), randn(bf16), TABLE, CURSOR, SEEDS, *buffers, flags, True, True)
+    yield "reverse_step_", (randn(), randn(), TABLE, CURSOR, SEEDS, None, None, None, None, flags, True, True)
+    yield "advance_", (CURSOR.clone(), t, TABLE)
+
+
+@pytest.mark.parametrize("name, arguments", list(calls()), ids=lambda v: v if isinstance(v, str) else "")
+def test_opcheck(name, arguments):
+    assert kernels.normal is not None  # the ops are registered when a name is first used
+    torch.library.opcheck(getattr(torch.ops.fastddpm, name).default, arguments)
+
+
+def test_a_step_compiles_into_one_graph():
+    def step(x, m, cursor):
+        x, x0, bad = kernels.reverse_step(x, m, TABLE, cursor, SEEDS)
+        return x + 1, x0, bad
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    for cursor in (CURSOR, CURSOR * 0):
+        for made, expected in zip(compiled(randn(), randn(), cursor), step(randn(), randn(), cursor), strict=True):
+            assert torch.equal(made, expected)
+
+
+def test_no_submodule_has_the_name_of_an_op():
+    """Importing one would put the module in the place of the function."""
+    files = {path.stem for path in Path(kernels.__file__).parent.glob("*.py")}
+    assert len(files) > 5
+    assert not files & set(kernels.__all__)
+
+
+def test_a_name_that_does_not_exist():
+    with pytest.raises(AttributeError, match="nonsense"):
+        kernels.nonsense  # noqa: B018
+    assert set(kernels.__all__) <= set(dir(kernels))
