@@ -223,7 +223,7 @@ class Sampler:
     ) -> tuple[Buffers, Callable[[], None]]:
         """Buffers, and the function that does a step on them: eagerly, or by replaying a graph."""
         device = self._device(x_T)
-        if device.type == "cuda" and self.graph is not False and not self._graph_refused:
+        if self._wants_graph(device):
             fingerprint = graphs.fingerprint(self.model)
             if fingerprint != self._captured_for:
                 self._captured.clear()
@@ -237,6 +237,9 @@ class Sampler:
                 warnings.warn(f"no CUDA graph: {error}; sampling goes on eagerly, slower", stacklevel=3)
         buffers = self._allocate(shape, kwargs, x_T)
         return buffers, partial(self._step, buffers)
+
+    def _wants_graph(self, device: torch.device) -> bool:
+        return device.type == "cuda" and self.graph is not False and not self._graph_refused
 
     def _capture(
         self, shape: tuple[int, ...], kwargs: dict[str, Any], x_T: Tensor | None, device: torch.device

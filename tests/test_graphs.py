@@ -1,0 +1,225 @@
+"""CUDA graphs: the logic on any machine with the capture faked, the real thing where there is a GPU."""
+
+import os
+import subprocess
+import sys
+import textwrap
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastddpm import NoiseSchedule, Sampler, graphs, solvers
+from fastddpm.errors import GraphCaptureError
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLE = solvers.ddpm(NoiseSchedule.linear(), 6, clip=1.0)
+
+
+def test_recently_used_keeps_the_latest():
+    kept = graphs.RecentlyUsed(2)
+    assert [kept.get(key, lambda key=key: key * 10) for key in (1, 2, 1, 3)] == [10, 20, 10, 30]
+    assert kept.get(1, lambda: "new") == 10  # 2 left, as it was used before 1
+    assert kept.get(2, lambda: "new") == "new"
+    assert len(kept) == 2
+    kept.clear()
+    assert len(kept) == 0
+
+
+def test_a_value_that_can_not_be_made_is_not_kept():
+    kept = graphs.RecentlyUsed(2)
+    with pytest.raises(ZeroDivisionError):
+        kept.get(1, lambda: 1 // 0)
+    assert len(kept) == 0
+
+
+def test_the_fingerprint_sees_what_makes_a_graph_stale():
+    net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    made = [graphs.fingerprint(net)]
+    with torch.no_grad():
+        net[0].weight.add_(1)  # the graph reads the same memory
+    assert graphs.fingerprint(net) == made[0]
+    old = net[0].weight.data
+    net[0].weight.data = net[0].weight.data.clone()
+    made.append(graphs.fingerprint(net))
+    net.load_state_dict({k: v.clone() for k, v in net.state_dict().items()}, assign=True)
+    made.append(graphs.fingerprint(net))
+    net.eval()
+    made.append(graphs.fingerprint(net))
+    net[1].register_forward_hook(lambda *_: None)
+    made.append(graphs.fingerprint(net))
+    net.bfloat16()
+    made.append(graphs.fingerprint(net))
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        made.append(graphs.fingerprint(net))
+    assert len(set(made)) == len(made)
+    assert old is not None
+    assert graphs.fingerprint(lambda x: x) == graphs.fingerprint(lambda x: x)
+
+
+class FakeCapture:
+    """Stands in for `graphs.capture`: replays by calling the step, and counts."""
+
+    def __init__(self, monkeypatch, error=None):
+        self.captures, self.replays, self.error = 0, 0, error
+        monkeypatch.setattr(graphs, "capture", self)
+        refused = lambda sampler: sampler._graph_refused or sampler.graph is False  # noqa: E731
+        monkeypatch.setattr(Sampler, "_wants_graph", lambda sampler, device: not refused(sampler))
+
+    def __call__(self, step, device):
+        self.captures += 1
+        for _ in range(3):
+            step()
+        if self.error:
+            raise GraphCaptureError(self.error)
+
+        def replay():
+            self.replays += 1
+            step()
+
+        return replay
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, x, t, shift=None, gain=1.0):
+        out = self.weight * x * gain
+        return out if shift is None else out + shift[:, None]
+
+
+def test_replays_are_the_eager_bytes_and_results_stay(monkeypatch):
+    eager = Sampler(Net(), TABLE)
+    expected = [eager.sample((2, 5), seeds=s) for s in range(3)]
+    fake = FakeCapture(monkeypatch)
+    sampler = Sampler(Net(), TABLE)
+    made = [sampler.sample((2, 5), seeds=s) for s in range(3)]
+    assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True))  # the warm-up leaves no trace
+    assert (fake.captures, fake.replays) == (1, 18)
+
+
+def test_new_shapes_and_arguments_get_graphs_of_their_own(monkeypatch):
+    fake = FakeCapture(monkeypatch)
+    sampler = Sampler(Net(), TABLE)
+    for batch in (1, 2, 3, 4, 1, 5, 1, 2):  # 2 has left when 5 came
+        sampler.sample((batch, 5), seeds=0)
+    assert fake.captures == 6
+    shift = torch.tensor([1.0, 2.0])
+    first = sampler.sample((2, 5), seeds=0, model_kwargs={"shift": shift})
+    second = sampler.sample((2, 5), seeds=0, model_kwargs={"shift": -shift})  # same graph, new values
+    assert fake.captures == 7
+    assert not torch.equal(first, second)
+    assert shift.tolist() == [1.0, 2.0]
+    sampler.sample((2, 5), seeds=0, model_kwargs={"gain": 2.0})
+    sampler.sample((2, 5), seeds=0, model_kwargs={"gain": 3.0})
+    assert fake.captures == 9
+
+
+def test_changed_weights_are_used(monkeypatch):
+    fake = FakeCapture(monkeypatch)
+    net = Net()
+    sampler = Sampler(net, TABLE)
+    sampler.sample((2, 5), seeds=0)
+    net.weight.data = torch.tensor(0.1)
+    assert torch.equal(sampler.sample((2, 5), seeds=0), Sampler(net, TABLE, graph=False).sample((2, 5), seeds=0))
+    assert fake.captures == 2
+
+
+def test_a_model_that_can_not_be_captured(monkeypatch):
+    expected = Sampler(Net(), TABLE).sample((2, 5), seeds=0)
+    fake = FakeCapture(monkeypatch, error="operation not permitted when stream is capturing")
+    sampler = Sampler(Net(), TABLE)
+    with pytest.warns(UserWarning, match=r"no CUDA graph: operation not permitted .* sampling goes on eagerly"):
+        made = sampler.sample((2, 5), seeds=0)
+    assert torch.equal(made, expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # one warning, and no second try
+        assert torch.equal(sampler.sample((2, 5), seeds=0), expected)
+    assert fake.captures == 1
+    with pytest.raises(GraphCaptureError, match="not permitted"):
+        Sampler(Net(), TABLE, graph=True).sample((2, 5), seeds=0)
+
+
+def test_the_models_own_error_is_not_a_capture_error(monkeypatch):
+    FakeCapture(monkeypatch)
+
+    def model(x, t):
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        Sampler(model, TABLE).sample((2, 5), seeds=0)
+
+
+# --- on a GPU, each in a process of its own: a failed capture must not reach the other tests --------------------------
+
+PRELUDE = """
+import torch, warnings
+from fastddpm import NoiseSchedule, Sampler, UNet, solvers
+torch.manual_seed(0)
+net = UNet(in_channels=1, out_channels=1, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=4,
+           down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2).cuda().eval().requires_grad_(False)
+table = solvers.ddpm(NoiseSchedule.linear(), 25, clip=1.0)
+def pair(model, table=table, batch=4, seeds=0):
+    made = [Sampler(model, table, graph=g).sample((batch, 1, 16, 16), seeds=seeds) for g in ("auto", False)]
+    assert torch.equal(*made), (made[0] - made[1]).abs().max()
+    return made[0]
+"""
+
+ON_GPU = {
+    "replay_is_eager": """
+        for steps in (1, 2, 5, 25, 1000):
+            for batch in (1, 3, 16):
+                pair(net, solvers.ddpm(NoiseSchedule.linear(), steps, clip=1.0), batch)
+    """,
+    "each_replay_draws_its_own_noise": """
+        sampler = Sampler(net, table, graph=True)
+        a, b, c = (sampler.sample((2, 1, 16, 16), seeds=s) for s in (0, 1, 0))
+        assert not torch.equal(a, b) and torch.equal(a, c)
+    """,
+    "item_falls_back": """
+        def model(x, t):
+            return net(x, t) * (1 if x.sum().item() == x.sum().item() else 0)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            pair(model)
+        assert sum("no CUDA graph" in str(w.message) for w in caught) == 1, caught
+        assert torch.ones(3, device="cuda").sum().item() == 3
+        pair(net)
+    """,
+    "dropout_is_not_captured": """
+        def model(x, t):
+            return net(x, t) + 0 * torch.rand_like(x)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            pair(model)
+        assert any("draws random numbers" in str(w.message) for w in caught), caught
+    """,
+    "new_weights_are_used": """
+        sampler = Sampler(net, table, graph=True)
+        before = sampler.sample((2, 1, 16, 16), seeds=0)
+        net.conv_out.weight.mul_(0.5)
+        middle = sampler.sample((2, 1, 16, 16), seeds=0)
+        net.conv_out.weight.data = net.conv_out.weight.data * 0.5
+        after = sampler.sample((2, 1, 16, 16), seeds=0)
+        assert not torch.equal(before, middle) and not torch.equal(middle, after)
+        assert torch.equal(after, Sampler(net, table, graph=False).sample((2, 1, 16, 16), seeds=0))
+    """,
+    "channels_last_bfloat16": "pair(net.bfloat16().to(memory_format=torch.channels_last))",
+    "cpu_and_gpu_agree": """
+        made = pair(net)
+        there = Sampler(net.cpu(), table).sample((4, 1, 16, 16), seeds=0)
+        assert (made.cpu() - there).abs().max() <= 1e-3
+    """,
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ON_GPU)
+def test_on_a_gpu(name):
+    code = PRELUDE + textwrap.dedent(ON_GPU[name])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
