@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from fastddpm_kernels import normal
 from safetensors.torch import load_file
 from scipy import stats
 
@@ -134,6 +135,25 @@ def test_time_steps_are_stratified() -> None:
 
 
 # The step
+
+
+def test_network_sees_the_noised_images_of_the_contract() -> None:
+    """x_t of Ho et al. (2020), eq. 4, in float64, from images in [-1, 1] and noise stream 2 of the step's number."""
+    made = trainer()
+    seen: list[tuple[torch.Tensor, ...]] = []
+    hook = made.net.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs))
+    losses = [float(made.step()) for _ in range(3)]
+    hook.remove()
+    for step, (x, t, labels) in enumerate(seen):
+        batch = made.batches[step]
+        noise = normal(batch.seeds, (1, 8, 8), step=step, stream=2).double()
+        a_bar = torch.tensor(NoiseSchedule.linear().alphas_cumprod)[batch.t][:, None, None, None]
+        expected = a_bar.sqrt() * (batch.images.double() * 2 / 255 - 1) + (1 - a_bar).sqrt() * noise
+        assert torch.allclose(x.double(), expected, rtol=0, atol=2e-6)
+        assert torch.equal(t, batch.t)
+        assert batch.labels is not None
+        assert torch.equal(labels, batch.labels)
+    assert losses[0] == pytest.approx(float(normal(made.batches[0].seeds, (1, 8, 8), step=0, stream=2).square().mean()))
 
 
 def test_loss_falls_and_finds_the_structure() -> None:
@@ -422,6 +442,19 @@ def test_interrupt_saves_and_the_run_goes_on(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "whole").mkdir()
     call(tmp_path, "--steps", "6", "--precision", "float32", "--out", str(tmp_path / "whole"))
     assert (tmp_path / "whole" / WEIGHTS).read_bytes() == resumed
+
+
+def test_second_interrupt_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def impatient(self: Trainer, rate: float = 1.0) -> torch.Tensor:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("the second SIGINT was ignored")
+
+    monkeypatch.setattr(Trainer, "step", impatient)
+    result = call(tmp_path, "--steps", "6")
+    assert result.exit_code == 130
+    assert "interrupted" in result.stderr
+    assert not (tmp_path / "run" / WEIGHTS).exists()
 
 
 def test_loss_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
