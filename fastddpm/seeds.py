@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -48,8 +48,8 @@ def sample_seeds(seed: int | Sequence[int], n: int) -> Tensor:
     return torch.from_numpy(np.atleast_1d(bits).view(np.int64))
 
 
-def _mix(z: np.uint64 | np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser: a bijection of 64-bit words (variant 13 of Stafford's mixers)."""
+def _mix(z: Any) -> Any:
+    """SplitMix64's finaliser, a bijection of 64-bit words: of an np.uint64 or an array of them."""
     with np.errstate(over="ignore"):
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

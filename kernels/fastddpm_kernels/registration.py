@@ -248,7 +248,7 @@ torch.library.register_fake("fastddpm::reverse_step_", lambda *_: None, lib=_LIB
 torch.library.register_fake("fastddpm::advance_", lambda *_: None, lib=_LIB)
 
 
-def _save_rows(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: object) -> None:
+def _save_rows(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: object) -> None:
     t, table = (inputs[2], inputs[3]) if len(inputs) == 4 else (inputs[1], inputs[2])
     ctx.save_for_backward(t, table)
 
