@@ -1,0 +1,5 @@
+"""``python -m fastddpm`` is the command ``fastddpm``."""
+
+from .cli import main
+
+main(prog_name="fastddpm")

@@ -1,0 +1,103 @@
+"""A trained model as a folder: the UNet and, beside it, the scheduler config that says how to sample from it.
+
+The folder has diffusers' layout: a UNet's ``config.json`` and ``diffusion_pytorch_model.safetensors`` with a
+``scheduler_config.json`` beside them, or a pipeline's ``unet/`` and ``scheduler/``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import solvers
+from .checkpoint import CONFIG_NAME, read_json
+from .errors import ConfigError
+from .schedule import NoiseSchedule
+from .solvers import StepTable
+
+SCHEDULER_NAME = "scheduler_config.json"
+SHIPPED = Path(__file__).parent / "weights"
+DEFAULT = SHIPPED / "fashion-mnist"
+
+# Fields of diffusers' schedulers for which fastddpm has one value; the others have no effect on the two solvers.
+_FIXED = {"thresholding": False, "steps_offset": 0, "set_alpha_to_one": True}
+_VARIANCES = {  # diffusers' name -> ours; its fixed_small_log is fixed_small, computed by way of the logarithm
+    "fixed_small": "fixed_small",
+    "fixed_small_log": "fixed_small",
+    "fixed_large": "fixed_large",
+}
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """What a ``scheduler_config.json`` says: the schedule, and the options of the solver.
+
+    Attributes:
+        schedule: the noise schedule that the model was trained with.
+        options: prediction_type, clip and spacing, as every solver takes them.
+        variance_type: diffusers' name of the variance, which only some solvers use.
+    """
+
+    schedule: NoiseSchedule
+    options: Mapping[str, Any]
+    variance_type: object
+
+    @classmethod
+    def from_diffusers(cls, config: Mapping[str, Any]) -> SchedulerConfig:
+        """Read diffusers' fields, with diffusers' defaults. Raises `ConfigError` for what can't be sampled here."""
+        for name, only in _FIXED.items():
+            if config.get(name, only) != only:
+                raise ConfigError(f"scheduler config: {name} is {config[name]!r}; fastddpm has {only!r} alone")
+        clips = config.get("clip_sample", True)
+        if not isinstance(clips, bool):
+            raise ConfigError(f"scheduler config: clip_sample is {clips!r}; allowed: true or false")
+        return cls(
+            schedule=NoiseSchedule.from_diffusers(config),
+            options={
+                "prediction_type": config.get("prediction_type", "epsilon"),
+                "clip": config.get("clip_sample_range", 1.0) if clips else None,
+                "spacing": config.get("timestep_spacing", "leading"),
+            },
+            variance_type=config.get("variance_type", "fixed_small"),
+        )
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> SchedulerConfig:
+        """Read the folder's scheduler config; where it has none: diffusers' defaults (Ho et al. 2020, clipped).
+
+        Raises `CheckpointError` for a file that isn't JSON, `ConfigError` for what can't be sampled here.
+        """
+        path = find_scheduler_config(Path(folder))
+        return cls.from_diffusers({} if path is None else read_json(path))
+
+    def table(self, solver: str, steps: int | None = None, **options: object) -> StepTable:
+        """The table of `solver` for this model; `options` go before what the config says.
+
+        Raises `ConfigError` as `solvers.make` does, or where `solver` has not the model's variance.
+        """
+        given = {**self.options, **options}
+        if "variance" in solvers.options(solver) and "variance" not in given:
+            kind = self.variance_type
+            if not isinstance(kind, str) or kind not in _VARIANCES:
+                raise ConfigError(
+                    f"scheduler config: variance_type is {kind!r}; solver {solver} takes "
+                    f"{', '.join(map(repr, _VARIANCES))}. Solver ddim needs none"
+                )
+            given["variance"] = _VARIANCES[kind]
+        return solvers.make(solver, self.schedule, steps, **given)
+
+
+def find_scheduler_config(folder: Path) -> Path | None:
+    """The ``scheduler_config.json`` that belongs to a weights folder, or None."""
+    for place in (folder / SCHEDULER_NAME, folder / "scheduler" / SCHEDULER_NAME):
+        if place.is_file():
+            return place
+    beside = folder.parent / "scheduler" / SCHEDULER_NAME  # of a pipeline whose unet/ was named
+    return beside if folder.name == "unet" and beside.is_file() else None
+
+
+def shipped() -> tuple[str, ...]:
+    """The names of the weights in the package."""
+    return tuple(sorted(path.parent.name for path in SHIPPED.glob(f"*/{CONFIG_NAME}")))

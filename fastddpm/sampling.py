@@ -1,0 +1,244 @@
+"""What ``fastddpm sample`` does: from the options to the written pictures. All that can be checked is checked first."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import __version__
+from .checkpoint import write_atomically
+from .errors import InputError, OutputError
+from .pretrained import DEFAULT, SchedulerConfig, find_scheduler_config
+from .seeds import check_seed
+
+if TYPE_CHECKING:
+    import torch
+
+    from .sampler import Sampler
+    from .solvers import StepTable
+    from .unet import UNet
+
+MAX_NUM = 10_000  # of one picture
+MAX_BATCH = 64  # unless the user says otherwise
+TRACED = 4  # samples in a filmstrip
+MOMENTS = 10  # frames in a filmstrip
+
+
+@dataclass(frozen=True)
+class Request:
+    """The options of ``fastddpm sample``, by their names (`label` is --class)."""
+
+    weights: Path | None = None
+    num: int = 16
+    solver: str = "ddim"
+    steps: int = 50
+    eta: float | None = None
+    seed: int = 0
+    label: int | None = None
+    out: Path = Path("samples.png")
+    trace: Path | None = None
+    batch: int | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+
+    @property
+    def folder(self) -> Path:
+        """The weights' folder."""
+        return DEFAULT if self.weights is None else self.weights
+
+    @property
+    def batch_size(self) -> int:
+        """How many are computed at once: as asked for, or equal parts of at most `MAX_BATCH`."""
+        return self.batch or -(-self.num // -(-self.num // MAX_BATCH))
+
+    def check(self) -> None:
+        """Raise `InputError` or `OutputError` for what is wrong whatever the model is."""
+        check_seed(self.seed)
+        for name, value, high in (("num", self.num, MAX_NUM), ("batch", self.batch, MAX_NUM)):
+            if value is not None and not 1 <= value <= high:
+                raise InputError(f"--{name} is {value}; allowed: 1 ... {high}")
+        check_writable("--out", self.out)
+        if self.trace is not None:
+            check_writable("--trace", self.trace)
+            if self.trace.resolve() == self.out.resolve():
+                raise InputError(f"--out and --trace are both {self.out}; give them two names")
+
+
+def check_writable(option: str, path: Path) -> None:
+    """Raise `InputError` unless `path` is a .png, `OutputError` unless its folder is there and can be written to."""
+    if path.suffix.lower() != ".png":
+        raise InputError(f"{option} is {path}; its name must end in .png")
+    if path.is_dir():
+        raise OutputError(f"{option}: {path} is a folder; give the name of a file")
+    if not path.parent.exists():
+        raise OutputError(f"{option}: there is no folder {path.parent} to write {path.name} in")
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise OutputError(f"{option}: can't write in the folder {path.parent} ({error.strerror or error})") from error
+
+
+def run(request: Request, *, progress: bool = False) -> dict[str, Any]:
+    """Sample, write the pictures, and return what there is to say, ready for JSON ("notes" are lines for the user).
+
+    Raises what `Request.check`, `SchedulerConfig`, `UNet.from_pretrained` and `Sampler.sample` raise; then no file
+    has been written.
+    """
+    request.check()
+    scheduler = SchedulerConfig.from_folder(request.folder)
+    table = scheduler.table(request.solver, request.steps, **({} if request.eta is None else {"eta": request.eta}))
+
+    from . import pictures, runtime
+    from .sampler import Sampler
+
+    device = runtime.choose_device(request.device)
+    dtype = runtime.choose_dtype(request.dtype, device)
+    unet = load(request.folder, device, dtype)
+    shape = sample_shape(unet)
+    labels = class_labels(request, unet)
+    sampler = Sampler(unet, table, batch_size=request.batch_size, device=device)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        samples, seconds = timed_samples(sampler, request, shape, labels, progress)
+    notes = [str(warning.message) for warning in caught]
+    if find_scheduler_config(request.folder) is None:
+        notes.append(f"{request.folder} has no scheduler_config.json; the schedule is Ho et al.'s, linear")
+
+    text = described(request)
+    files = {request.out: pictures.encode_png(pictures.grid(samples), text)}
+    if request.trace is not None:
+        files[request.trace] = pictures.encode_png(traced(sampler, request, table, shape, labels), text)
+    write_all(files)
+    return {
+        "out": str(request.out),
+        "trace": None if request.trace is None else str(request.trace),
+        "num": request.num,
+        "solver": request.solver,
+        "steps": table.num_rows,
+        "seed": request.seed,
+        "class": request.label,
+        "weights": str(request.folder),
+        "seconds": round(seconds, 4),
+        "images_per_second": round(request.num / seconds, 3),
+        "device": device.type,
+        "dtype": str(dtype).removeprefix("torch."),
+        "batch": request.batch_size,
+        "path": runtime.describe(device, dtype, graph=not any("CUDA graph" in note for note in notes)),
+        "version": __version__,
+        "notes": notes,
+    }
+
+
+def load(folder: Path, device: torch.device, dtype: torch.dtype) -> UNet:
+    """The UNet of a folder on `device`, in channels_last, which is the faster layout on either device."""
+    import torch
+
+    from .unet import UNet
+
+    unet = UNet.from_pretrained(folder, dtype=dtype).to(device)
+    unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs don't know the keyword
+    return unet
+
+
+def sample_shape(unet: UNet) -> tuple[int, int, int]:
+    """(C, H, W) of the model's samples. Raises `InputError` where the config doesn't say, or it is no picture."""
+    config = unet.config
+    if config.sample_size is None:
+        raise InputError("the model's config.json has no sample_size, so its pictures' size is not known; write it in")
+    if config.in_channels not in (1, 3):
+        raise InputError(f"the model's samples have {config.in_channels} channels; a picture has 1 (grey) or 3 (RGB)")
+    return config.in_channels, config.sample_size, config.sample_size
+
+
+def class_labels(request: Request, unet: UNet) -> torch.Tensor | None:
+    """int64 [num]: the one class asked for, or each in turn; None where the model has no classes.
+
+    The last of a model's class embeddings stands for "no class" and is never shown.
+    """
+    import torch
+
+    embeddings = unet.config.num_class_embeds
+    if embeddings is None:
+        if request.label is not None:
+            raise InputError(f"--class is {request.label}, but the model in {request.folder} has no classes")
+        return None
+    real = max(1, embeddings - 1)
+    if request.label is None:
+        return torch.arange(request.num) % real
+    if not 0 <= request.label < real:
+        raise InputError(f"--class is {request.label}; the model in {request.folder} has the classes 0 ... {real - 1}")
+    return torch.full((request.num,), request.label)
+
+
+def timed_samples(
+    sampler: Sampler, request: Request, shape: tuple[int, ...], labels: torch.Tensor | None, progress: bool
+) -> tuple[np.ndarray, float]:
+    """The samples, float32 [num, C, H, W], and the seconds that they took, from the first noise to the last pixel."""
+    start = time.perf_counter()
+    samples = sampler.sample(
+        (request.num, *shape), seeds=request.seed, model_kwargs=_kwargs(labels), progress=progress
+    ).cpu()
+    return samples.numpy(), time.perf_counter() - start
+
+
+def traced(
+    sampler: Sampler, request: Request, table: StepTable, shape: tuple[int, ...], labels: torch.Tensor | None
+) -> Any:
+    """The filmstrip of the first few samples, from the first step to the last.
+
+    Each has two rows: the state x, and below it the x_0 that the model sees in it.
+    """
+    from . import pictures
+
+    n = min(request.num, TRACED)
+    rows = table.num_rows
+    moments = set(np.linspace(0, rows - 1, min(MOMENTS, rows)).round().astype(int).tolist())
+    frames, captions = [], []
+    kwargs = _kwargs(None if labels is None else labels[:n])
+    for state in sampler.trace((n, *shape), seeds=request.seed, model_kwargs=kwargs):
+        if state.step in moments:
+            pairs = np.stack([state.x.cpu().numpy(), state.x0.cpu().numpy()], axis=1)  # [n, 2, C, H, W]
+            frames.append(pairs.reshape(2 * n, *shape))
+            captions.append(f"step {state.step + 1}")
+    return pictures.filmstrip(frames, captions=captions)
+
+
+def _kwargs(labels: torch.Tensor | None) -> dict[str, Any]:
+    return {} if labels is None else {"class_labels": labels}
+
+
+def described(request: Request) -> dict[str, object]:
+    """The text chunks of the PNG files: enough to make the same pictures again."""
+    text: dict[str, object] = {
+        "Software": f"fastddpm {__version__}",
+        "version": __version__,
+        "seed": request.seed,
+        "steps": request.steps,
+        "solver": request.solver,
+    }
+    optional = {"eta": request.eta, "class": request.label, "weights": request.weights and request.weights.name}
+    return text | {name: value for name, value in optional.items() if value is not None}
+
+
+def write_all(files: Mapping[Path, bytes]) -> None:
+    """Write all files, each atomically, or none: where one can't be written, those before it are taken away again."""
+    written: list[Path] = []
+    try:
+        for path, data in files.items():
+            write_atomically(path, data)
+            written.append(path)
+    except OutputError:
+        for path in written:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+        raise
