@@ -25,8 +25,8 @@ def exact_linspace(start, end, n):
     return start + (end - start) * np.arange(n, dtype=Exact) / max(n - 1, 1)
 
 
-def exact_cosine(n):
-    s = Exact(0.008)
+def exact_cosine(n, s=0.008):
+    s = Exact(s)
     bar = np.cos((np.arange(n + 1) / Exact(n) + s) / (1 + s) * PI / 2) ** 2
     with np.errstate(divide="ignore"):
         return np.minimum(1 - bar[1:] / bar[:-1], Exact(0.999))
@@ -56,6 +56,16 @@ def make(name, n):
 def test_betas_are_the_formula(name, n):
     # The long double's own cancellation in cosine's 1 - ratio leaves it 1e-16 / beta, so still 1e-13 of room.
     assert relative_error(make(name, n).betas, FORMULAS[name](n)) <= 1e-13
+
+
+@needs_long_double
+@pytest.mark.parametrize("s", [0.0, 1e-4, 0.5])
+def test_cosine_of_another_s(s):
+    for n in LENGTHS[1:]:
+        exact = exact_cosine(n, s)
+        # 1 - ratio cancels in the oracle: 1e-19 of alpha_bar, relative to a beta
+        room = 1e-13 + float(4 * np.finfo(Exact).eps / exact.min())
+        assert relative_error(NoiseSchedule.cosine(n, s=s).betas, exact) <= room
 
 
 @needs_long_double
