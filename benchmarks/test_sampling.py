@@ -1,4 +1,4 @@
-"""Whole sampling on the CPU, 16 images: diffusers' UNet2DModel and DDIM loop against `Sampler`, with the shipped weights.
+"""Whole sampling on the CPU, 16 images: diffusers UNet2DModel and DDIM loop against `Sampler`, the same weights.
 
 Run: ``OMP_WAIT_POLICY=PASSIVE pytest benchmarks/test_sampling.py -s``. Correct first (the same x_T, the same picture),
 then timed, all in one run in rotated order; medians.

@@ -23,8 +23,13 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 
 
 def source(kernel, pointers: dict[str, str], constexprs: dict[str, object], *, aligned: bool = True) -> ASTSource:
-    """Arguments as the launcher would specialise them: 16-byte pointers, n a multiple of 16 (or not), q always."""
+    """Arguments as the launcher would specialise them: 16-byte pointers, n a multiple of 16 (or not), q always.
+
+    An integer of 1 becomes a constant, unless the kernel says that it may not.
+    """
     signature, attrs = {}, {}
+    if "step" in kernel.arg_names and "step" not in (kernel.do_not_specialize or ()):
+        constexprs = constexprs | {"step": 1}
     for index, name in enumerate(kernel.arg_names):
         signature[name] = "constexpr" if name in constexprs else pointers.get(name, "i32")
         if name in pointers or name == "q" or (name == "n" and aligned):
@@ -47,6 +52,7 @@ def variants() -> dict[str, ASTSource]:
     for dtype in ("fp32", "bf16", "fp16"):
         made[f"reverse_step-{dtype}"] = reverse(dtype)
     made["reverse_step-odd"] = reverse(aligned=False)
+    made["reverse_step-one"] = reverse(aligned=False, n=1)
     made["reverse_step-ddim"] = reverse(NOISE=False)
     made["reverse_step-unlimited"] = reverse(LIMITED=False)
     made["reverse_step-history1"] = reverse(HISTORY=1, NOISE=False)

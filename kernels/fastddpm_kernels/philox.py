@@ -72,7 +72,7 @@ def normal4(seed, step, stream: tl.constexpr, lane):
     return z0, z1, z2, z3
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["step"])  # a step of 1 would become a constant, and others recompile
 def normal_kernel(
     out_ptr,  # float32 [B, n]
     seeds_ptr,  # int64 [B]

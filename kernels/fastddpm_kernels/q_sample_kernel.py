@@ -9,7 +9,7 @@ from .lanes import element, load4, sample_and_lane
 from .philox import normal4
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["step"])
 def q_sample_kernel(
     x0_ptr,  # float [B, n]
     noise_ptr,  # float [B, n], written where DRAW, else read
