@@ -176,8 +176,9 @@ def sample(as_json: bool, **options: Any) -> None:
         return
     files = " and ".join(str(result[name]) for name in ("out", "trace") if result[name])
     click.echo(f"wrote {files}")
+    plural = "s" if result["num"] > 1 else ""
     click.echo(
-        f"{result['num']} pictures, {result['steps']} steps of {result['solver']}, seed {result['seed']}: "
+        f"{result['num']} picture{plural}, {result['steps']} steps of {result['solver']}, seed {result['seed']}: "
         f"{result['seconds']:.2f} s, {result['images_per_second']:.1f} images/s"
     )
     click.echo(f"on {result['path']}")

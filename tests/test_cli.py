@@ -58,7 +58,7 @@ def models(tmp_path_factory):
     (root / "broken-json" / "scheduler_config.json").write_text('{"beta_start": NaN}')
     exploding = save_model(root / "exploding")
     with torch.no_grad():
-        exploding.conv_out.weight.mul_(1e38)
+        exploding.conv_out.weight.fill_(3e38)
     exploding.save_pretrained(root / "exploding")
     (root / "empty").mkdir()
     return root
@@ -131,6 +131,13 @@ def test_the_pictures_are_the_samplers(models, here):
     )
     ours = np.array(tiles("samples.png", 4, 2)).astype(int)
     assert np.abs(ours - pictures.to_uint8(expected)[..., 0]).max() <= 1  # another memory format, other roundings
+
+
+def test_ddim_has_the_noise_of_the_clipped_picture(models):
+    """As it is by default in `solvers.ddim` and diffusers, a model that is often clipped would give grey pictures."""
+    assert sampling.solver_options(Request()) == {"use_clipped_model_output": True}
+    assert sampling.solver_options(Request(eta=0.5)) == {"use_clipped_model_output": True, "eta": 0.5}
+    assert sampling.solver_options(Request(solver="ddpm")) == {}
 
 
 def test_json_is_one_object_with_all_that_is_said(models, here):

@@ -89,6 +89,9 @@ def test_coefficients_are_the_papers_to_1e_13(schedule, steps, spacing, predicti
         square = Exact(eta) ** 2 * small
         # noise_s - square cancels at eta = 1; there it is alpha noise_s^2 / noise
         direction = np.sqrt(noise_s - square) if eta < 1 else noise_s * np.sqrt(alpha / noise)
+        clipped = solvers.ddim(
+            schedule, steps, eta=eta, prediction_type=prediction, spacing=spacing, use_clipped_model_output=True
+        )
         expected = {
             "t": t,
             "c_in": np.ones(len(t)),
@@ -100,6 +103,11 @@ def test_coefficients_are_the_papers_to_1e_13(schedule, steps, spacing, predicti
             "x_z": np.sqrt(square),
         }
         check_columns(table, expected)
+        # eps from x and x_0: put (x - sqrt(bar) x_0) / sqrt(noise) for eps. x_x0 cancels in the oracle, where it has
+        # 64 bits: 1e-19 of 1, relative to at least 1e-6
+        x_x0 = np.sqrt(bar_s) - direction * np.sqrt(bar / noise)
+        expected |= {"x_x0": x_x0, "x_x": direction / np.sqrt(noise), "x_m": np.zeros(len(t))}
+        check_columns(clipped, expected)
 
 
 def check_columns(table, expected):
@@ -175,11 +183,6 @@ def in_float64(scheduler, schedule):
     return scheduler
 
 
-def whole_chain(prediction, clip):
-    """All 1000 steps once, as Ho et al. take them; 100 in the other cases, which are as good a test and faster."""
-    return 1000 if (prediction, clip) == ("epsilon", 1.0) else 100
-
-
 @pytest.fixture
 def start():
     rng = np.random.default_rng(1)
@@ -190,9 +193,8 @@ def start():
 @pytest.mark.parametrize("clip", [None, 1.0, 0.7])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
-@pytest.mark.parametrize("spacing, steps", [("leading", 30), ("linspace", 30), ("trailing", 30), ("leading", None)])
+@pytest.mark.parametrize("spacing, steps", [("leading", 30), ("linspace", 30), ("trailing", 30)])
 def test_ddpm_walks_as_diffusers_does(start, spacing, steps, variance, prediction, clip, stock, monkeypatch):
-    steps = steps or whole_chain(prediction, clip)
     x, noise = start[0], start[1][:steps]
     theirs = DDPMScheduler(
         prediction_type=prediction,
@@ -218,15 +220,16 @@ def test_ddpm_walks_as_diffusers_does(start, spacing, steps, variance, predictio
 @pytest.mark.parametrize("clip", [None, 1.0])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("spacing, steps", [("leading", 50), ("trailing", 50), ("leading", None)])
-def test_ddim_walks_as_diffusers_does(start, spacing, steps, eta, prediction, clip, stock, monkeypatch):
-    steps = steps or whole_chain(prediction, clip)
+@pytest.mark.parametrize("spacing, steps", [("leading", 50), ("trailing", 50)])
+@pytest.mark.parametrize("clipped", [False, True], ids=["the model's eps", "eps of the clipped x0"])
+def test_ddim_walks_as_diffusers_does(start, clipped, spacing, steps, eta, prediction, clip, stock, monkeypatch):
     x, noise = start[0], start[1][:steps]
     theirs = DDIMScheduler(prediction_type=prediction, timestep_spacing=spacing, clip_sample=clip is not None)
     if not stock:
         in_float64(theirs, LINEAR)
-    expected = diffusers_states(theirs, x, noise, steps, monkeypatch, eta=eta)
-    table = solvers.ddim(LINEAR, steps, eta=eta, prediction_type=prediction, clip=clip, spacing=spacing)
+    options = {"eta": eta, "use_clipped_model_output": clipped}
+    expected = diffusers_states(theirs, x, noise, steps, monkeypatch, **options)
+    table = solvers.ddim(LINEAR, steps, prediction_type=prediction, clip=clip, spacing=spacing, **options)
     assert_close(run(table, awkward_model, x, noise), expected, stock)
 
 
@@ -234,6 +237,21 @@ def assert_close(states, expected, stock):
     scale = np.abs(expected).max()
     # diffusers' float32 1 - alpha_bar is off by 6e-8 of 1e-4 at t = 0, hence by 3e-4 in its root
     np.testing.assert_allclose(states, expected, rtol=0, atol=(1e-3 if stock else 1e-9) * scale)
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_all_of_the_1000_steps_are_diffusers_steps(start, clip, monkeypatch):
+    x, noise = start
+    clips = clip is not None
+    for variance in ("fixed_small", "fixed_large"):
+        theirs = in_float64(DDPMScheduler(variance_type=variance, clip_sample=clips), LINEAR)
+        expected = diffusers_states(theirs, x, noise, 1000, monkeypatch)
+        table = solvers.ddpm(LINEAR, variance=variance, clip=clip)
+        assert_close(run(table, awkward_model, x, noise), expected, stock=False)
+    theirs = in_float64(DDIMScheduler(clip_sample=clips), LINEAR)
+    expected = diffusers_states(theirs, x, noise, 1000, monkeypatch, eta=0.5)
+    table = solvers.ddim(LINEAR, eta=0.5, clip=clip)
+    assert_close(run(table, awkward_model, x, noise), expected, stock=False)
 
 
 class Stride(int):
@@ -369,6 +387,13 @@ def test_ddim_with_eta_1_is_ddpm_where_nothing_is_clipped(start):
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-10 * np.abs(b).max())
 
 
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_ddim_with_eta_1_and_the_clipped_eps_is_ddpm_whatever_is_clipped(prediction):
+    options = {"prediction_type": prediction, "clip": 0.5}
+    ddim = solvers.ddim(LINEAR, 40, eta=1.0, use_clipped_model_output=True, **options)
+    np.testing.assert_allclose(ddim.rows, solvers.ddpm(LINEAR, 40, **options).rows, rtol=1e-13)
+
+
 # ---- rows at the edges -----------------------------------------------------------------------------------------------
 
 
@@ -382,6 +407,7 @@ def test_the_last_row_returns_x0_and_adds_no_noise(data, prediction, spacing, nu
         solvers.ddpm(schedule, steps, variance="fixed_small", **options),
         solvers.ddpm(schedule, steps, variance="fixed_large", **options),
         solvers.ddim(schedule, steps, eta=data.draw(st.floats(0, 1)), **options),
+        solvers.ddim(schedule, steps, eta=data.draw(st.floats(0, 1)), use_clipped_model_output=True, **options),
     ):
         last = {name: table[name][-1] for name in ("x_x", "x_x0", "x_m", "x_z")}
         assert last == {"x_x": 0.0, "x_x0": 1.0, "x_m": 0.0, "x_z": 0.0}
@@ -501,6 +527,8 @@ def test_options_of_one_solver_alone_are_refused_too():
     for eta in (-0.1, 1.1, math.nan, True, "0"):
         with pytest.raises(ConfigError, match=r"eta is .*; allowed: a number in 0 \.\.\. 1"):
             solvers.ddim(LINEAR, 10, eta=eta)
+    with pytest.raises(ConfigError, match="use_clipped_model_output is 1; allowed: True or False"):
+        solvers.ddim(LINEAR, 10, use_clipped_model_output=1)
     with pytest.raises(ConfigError, match="variance is 'small'; allowed: 'fixed_small', 'fixed_large'"):
         solvers.ddpm(LINEAR, 10, variance="small")
 

@@ -49,6 +49,7 @@ class Strides:
         logs = schedule.log_alphas.tolist()
         stride = np.array([math.fsum(logs[a : b + 1]) for a, b in zip(starts, ends, strict=True)][::-1])
         log_bar = schedule.log_alphas_cumprod[t]
+        stride[-1] = log_bar[-1]  # the stride to the data, to the last bit
         log_next = np.append(log_bar[1:], 0.0)
         return cls(
             t=t,
