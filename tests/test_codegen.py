@@ -16,23 +16,23 @@ HERE = Path(__file__).parent
 
 # SASS instructions an element on sm_90, at 512 lanes of 4 elements in 128 threads. The roof at 12 B an element is 80.
 INSTRUCTIONS = {
-    "reverse_step-fp32": 64.2,
-    "reverse_step-bf16": 66.3,
-    "reverse_step-fp16": 65.8,
-    "reverse_step-odd": 70.2,
-    "reverse_step-ddim": 31.5,
-    "reverse_step-unlimited": 63.8,
-    "reverse_step-history1": 34.5,
-    "reverse_step-history2": 72.5,
-    "reverse_step-x0": 67.5,
-    "reverse_step-channels_last": 99.7,
-    "normal": 38.4,
-    "q_sample-fp32": 44.1,
-    "q_sample-bf16": 48.9,
-    "q_sample-fp16": 48.3,
-    "add_noise-fp32": 11.2,
-    "add_noise-bf16": 14.2,
-    "add_noise-fp16": 13.2,
+    "reverse_step-fp32": 57.2,
+    "reverse_step-bf16": 59.4,
+    "reverse_step-fp16": 58.9,
+    "reverse_step-odd": 65.7,
+    "reverse_step-ddim": 24.7,
+    "reverse_step-unlimited": 57.2,
+    "reverse_step-history1": 27.7,
+    "reverse_step-history2": 65.1,
+    "reverse_step-x0": 61.0,
+    "reverse_step-channels_last": 91.8,
+    "normal": 36.2,
+    "q_sample-fp32": 42.5,
+    "q_sample-bf16": 47.1,
+    "q_sample-fp16": 46.6,
+    "add_noise-fp32": 8.9,
+    "add_noise-bf16": 11.9,
+    "add_noise-fp16": 10.9,
 }
 SMS = (80, 90, 100)
 
@@ -57,7 +57,7 @@ def test_nothing_spills(compiled):
 
 def test_registers_leave_room_for_two_blocks_of_four_warps_and_more(compiled):
     # 128 registers: 16 warps an SM, enough for the 64 bytes that each thread has in flight
-    crowded = {n: c["registers"] for n, c in compiled.items() if c["registers"] > 128 and "channels_last" not in n}
+    crowded = {name: code["registers"] for name, code in compiled.items() if code["registers"] > 128}
     assert crowded == {}
 
 

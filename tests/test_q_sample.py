@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from fastddpm_kernels import add_noise, q_sample, reference
@@ -12,9 +13,8 @@ from fastddpm import NoiseSchedule
 
 EPS = 2.0**-24
 SCHEDULE = NoiseSchedule.linear()
-EXACT = torch.tensor(
-    [SCHEDULE.sqrt_alphas_cumprod, SCHEDULE.sqrt_one_minus_alphas_cumprod], device=DEVICE
-).T.contiguous()
+COLUMNS = (SCHEDULE.sqrt_alphas_cumprod, SCHEDULE.sqrt_one_minus_alphas_cumprod)
+EXACT = torch.tensor(np.stack(COLUMNS, axis=1), device=DEVICE)
 TABLE = EXACT.float()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

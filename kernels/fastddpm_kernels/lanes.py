@@ -9,13 +9,21 @@ import triton
 import triton.language as tl
 
 
+def grid(batch: int, q: int, block: int) -> tuple[int, int]:
+    """Programs: samples, which may be many, on the axis without a bound; blocks of a sample's q lanes on the second.
+
+    (One axis of samples x blocks would cost a division: 1.2 instructions an element.)
+    """
+    blocks = triton.cdiv(q, block)
+    if blocks > 65535:
+        raise ValueError(f"a sample has {q} lanes of 4 elements; at most {65535 * block}")
+    return batch, blocks
+
+
 @triton.jit
-def sample_and_lane(q, BLOCK: tl.constexpr):
-    """Which sample a program works on, and which lanes of it. One grid axis: the other two end at 65535."""
-    blocks = tl.cdiv(q, BLOCK)
-    program = tl.program_id(0)
-    sample = program // blocks
-    return sample.to(tl.int64), (program % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def sample_and_lane(BLOCK: tl.constexpr):
+    """Which sample a program works on, and which lanes of it; both int64."""
+    return tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
 
 
 @triton.jit

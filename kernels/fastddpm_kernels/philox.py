@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from . import constants as const
-from .lanes import element, sample_and_lane
+from .lanes import element, grid, sample_and_lane
 
 M0, M1 = tl.constexpr(const.PHILOX_M0), tl.constexpr(const.PHILOX_M1)
 W0, W1 = tl.constexpr(const.PHILOX_W0), tl.constexpr(const.PHILOX_W1)
@@ -82,7 +82,7 @@ def normal_kernel(
     stream: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    sample, lane = sample_and_lane(q, BLOCK)
+    sample, lane = sample_and_lane(BLOCK)
     z = normal4(tl.load(seeds_ptr + sample), step, stream, lane)
     for k in tl.static_range(4):
         e, inside = element(lane, k, n, q)
@@ -93,5 +93,6 @@ def launch_normal(out: torch.Tensor, seeds: torch.Tensor, *, step: int, stream: 
     """Fill `out`, float32 [B, ...] contiguous, with the noise of `seeds`, int64 [B]."""
     n = out[0].numel()
     q = const.chunk(n)
-    grid = (out.shape[0] * triton.cdiv(q, block),)
-    normal_kernel[grid](out, seeds, n, q, step, stream, BLOCK=block, num_warps=4, enable_fp_fusion=True)
+    normal_kernel[grid(out.shape[0], q, block)](
+        out, seeds, n, q, step, stream, BLOCK=block, num_warps=4, enable_fp_fusion=True
+    )

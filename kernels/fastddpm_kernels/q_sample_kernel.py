@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from . import constants as const
-from .lanes import element, load4, sample_and_lane
+from .lanes import element, grid, load4, sample_and_lane
 from .philox import normal4
 
 
@@ -24,7 +24,7 @@ def q_sample_kernel(
     DRAW: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    sample, lane = sample_and_lane(q, BLOCK)
+    sample, lane = sample_and_lane(BLOCK)
     row = table_ptr + tl.load(t_ptr + sample) * 2
     a, b = tl.load(row), tl.load(row + 1)
     base = sample * n
@@ -59,8 +59,7 @@ def launch_q_sample(
     """
     n = x0[0].numel()
     q = const.chunk(n)
-    grid = (x0.shape[0] * triton.cdiv(q, block),)
-    q_sample_kernel[grid](
+    q_sample_kernel[grid(x0.shape[0], q, block)](
         x0,
         noise,
         out,

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from . import columns as col
 from . import constants as const
-from .lanes import element, in_memory, load4, memory_order, sample_and_lane
+from .lanes import element, grid, in_memory, load4, memory_order, sample_and_lane
 from .philox import normal4
 
 WIDTH = tl.constexpr(len(col.COLUMNS))
@@ -44,14 +44,17 @@ def reverse_step_kernel(
     CHANNELS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    sample, lane = sample_and_lane(q, BLOCK)
+    sample, lane = sample_and_lane(BLOCK)
     base = sample * n
-    row = table_ptr + tl.load(cursor_ptr + sample).to(tl.int64) * WIDTH
-    step = tl.load(row + STEP).to(tl.int32)
-    clean = tl.load(nonfinite_ptr + sample) == 0  # the flag keeps the first bad step
-    c_in = tl.load(row + tl.load(row + ADVANCE).to(tl.int64) * WIDTH + C_IN)
-
     # All loads come before all stores: the compiler can't move a load over a store that might alias it.
+    row = table_ptr + tl.load(cursor_ptr + sample).to(tl.int64) * WIDTH
+    x0_x, x0_m, clip = tl.load(row + X0_X), tl.load(row + X0_M), tl.load(row + CLIP)
+    x_x, x_x0, x_m = tl.load(row + X_X), tl.load(row + X_X0), tl.load(row + X_M)
+    x_h1, x_h2, x_z = tl.load(row + X_H1), tl.load(row + X_H2), tl.load(row + X_Z)
+    step = tl.load(row + STEP).to(tl.int32)
+    c_in = tl.load(row + tl.load(row + ADVANCE).to(tl.int64) * WIDTH + C_IN)
+    clean = tl.load(nonfinite_ptr + sample) == 0  # the flag keeps the first bad step
+
     x = load4(x_ptr + base, lane, n, q)
     m = load4(m_ptr + base, lane, n, q, PLANE, CHANNELS)
     if HISTORY >= 1:
@@ -61,29 +64,29 @@ def reverse_step_kernel(
     if NOISE:
         z = normal4(tl.load(seeds_ptr + sample), step, STREAM, lane)
 
+    check = tl.zeros((BLOCK,), tl.float32)
     for k in tl.static_range(4):
         e, inside = element(lane, k, n, q)
-        x0 = tl.load(row + X0_X) * x[k] + tl.load(row + X0_M) * m[k]
-        # x0 - x0 is 0 where x0 is finite and NaN elsewhere; asked before the clamp can make a picture of an infinity.
-        tl.store(nonfinite_ptr + sample + tl.zeros_like(e), step + 1, inside & clean & (x0 - x0 != 0.0))
+        x0 = x0_x * x[k] + x0_m * m[k]
+        check += x0 * 0.0  # NaN where x0 is not finite; before the clamp can make a picture of an infinity
         if LIMITED:
-            clip = tl.load(row + CLIP)
             x0 = tl.clamp(x0, -clip, clip, propagate_nan=tl.PropagateNan.ALL)
 
-        out = tl.load(row + X_X) * x[k] + tl.load(row + X_X0) * x0 + tl.load(row + X_M) * m[k]
+        out = x_x * x[k] + x_x0 * x0 + x_m * m[k]
         if HISTORY >= 1:
-            out += tl.load(row + X_H1) * h1[k]
+            out += x_h1 * h1[k]
             tl.store(h1_ptr + base + e, x0, inside)
         if HISTORY >= 2:
-            out += tl.load(row + X_H2) * h2[k]
+            out += x_h2 * h2[k]
             tl.store(h2_ptr + base + e, h1[k], inside)
         if NOISE:
-            out += tl.load(row + X_Z) * z[k]
+            out += x_z * z[k]
         tl.store(out_ptr + base + e, out, inside)
         if WRITE_X0:
             tl.store(x0_ptr + base + e, x0, inside)
         if WRITE_INPUT:
             tl.store(input_ptr + base + in_memory(e, PLANE, CHANNELS), c_in * out, inside)
+    tl.store(nonfinite_ptr + sample + tl.zeros_like(lane), step + 1, clean & (check != 0.0))
 
 
 def launch_reverse_step(
@@ -110,8 +113,7 @@ def launch_reverse_step(
     n = x[0].numel()
     q = const.chunk(n)
     plane, channels = memory_order(model_output)
-    grid = (x.shape[0] * triton.cdiv(q, block),)
-    reverse_step_kernel[grid](
+    reverse_step_kernel[grid(x.shape[0], q, block)](
         x,
         model_output,
         out,
