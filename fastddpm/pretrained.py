@@ -75,6 +75,9 @@ class SchedulerConfig:
     def table(self, solver: str, steps: int | None = None, **options: object) -> StepTable:
         """The table of `solver` for this model; `options` go before what the config says.
 
+        Where x_0 is clipped, ddim takes the noise that agrees with it (``use_clipped_model_output=True``): with the
+        default of `solvers.ddim` and diffusers a model that is often clipped gives grey pictures.
+
         Raises `ConfigError` as `solvers.make` does, or where `solver` has not the model's variance.
         """
         given = {**self.options, **options}
@@ -86,6 +89,8 @@ class SchedulerConfig:
                     f"{', '.join(map(repr, _VARIANCES))}. Solver ddim needs none"
                 )
             given["variance"] = _VARIANCES[kind]
+        if "use_clipped_model_output" in solvers.options(solver):
+            given.setdefault("use_clipped_model_output", given["clip"] is not None)
         return solvers.make(solver, self.schedule, steps, **given)
 
 

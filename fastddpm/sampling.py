@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from . import __version__, solvers
+from . import __version__
 from .checkpoint import write_atomically
 from .errors import InputError, OutputError
 from .pretrained import DEFAULT, SchedulerConfig, find_scheduler_config
@@ -96,7 +96,7 @@ def run(request: Request, *, progress: bool = False) -> dict[str, Any]:
     """
     request.check()
     scheduler = SchedulerConfig.from_folder(request.folder)
-    table = scheduler.table(request.solver, request.steps, **solver_options(request))
+    table = scheduler.table(request.solver, request.steps, **({} if request.eta is None else {"eta": request.eta}))
 
     from . import pictures, runtime
     from .sampler import Sampler
@@ -137,18 +137,6 @@ def run(request: Request, *, progress: bool = False) -> dict[str, Any]:
         "version": __version__,
         "notes": notes,
     }
-
-
-def solver_options(request: Request) -> dict[str, object]:
-    """The options of the solver that the command line sets, beside those that the scheduler config does.
-
-    DDIM's noise is made to agree with the clipped picture; without that (diffusers' default) a model that is often
-    clipped gives grey ones.
-    """
-    options: dict[str, object] = {} if request.eta is None else {"eta": request.eta}
-    if "use_clipped_model_output" in solvers.options(request.solver):
-        options["use_clipped_model_output"] = True
-    return options
 
 
 def load(folder: Path, device: torch.device, dtype: torch.dtype) -> UNet:

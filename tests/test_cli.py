@@ -133,13 +133,6 @@ def test_the_pictures_are_the_samplers(models, here):
     assert np.abs(ours - pictures.to_uint8(expected)[..., 0]).max() <= 1  # another memory format, other roundings
 
 
-def test_ddim_has_the_noise_of_the_clipped_picture(models):
-    """As it is by default in `solvers.ddim` and diffusers, a model that is often clipped would give grey pictures."""
-    assert sampling.solver_options(Request()) == {"use_clipped_model_output": True}
-    assert sampling.solver_options(Request(eta=0.5)) == {"use_clipped_model_output": True, "eta": 0.5}
-    assert sampling.solver_options(Request(solver="ddpm")) == {}
-
-
 def test_json_is_one_object_with_all_that_is_said(models, here):
     done = sample(models, "--json", "--trace", "film.png", "--class", 2, "--eta", 0.5, "--device", "cpu")
     facts = json.loads(done.stdout)

@@ -12,6 +12,9 @@ from fastddpm.pretrained import SchedulerConfig, find_scheduler_config
 from fastddpm.schedule import NoiseSchedule
 
 
+AGREES = {"use_clipped_model_output": True}  # not diffusers' default: see SchedulerConfig.table
+
+
 def rows(*args, **options):
     return solvers.make(*args, **options).rows
 
@@ -21,7 +24,7 @@ def test_the_defaults_are_those_of_diffusers(scheduler):
     for config in ({}, dict(scheduler().config)):
         read = SchedulerConfig.from_diffusers(config)
         linear = NoiseSchedule.linear()
-        np.testing.assert_array_equal(read.table("ddim", 20).rows, rows("ddim", linear, 20, clip=1.0))
+        np.testing.assert_array_equal(read.table("ddim", 20).rows, rows("ddim", linear, 20, clip=1.0, **AGREES))
         np.testing.assert_array_equal(read.table("ddpm", 20).rows, rows("ddpm", linear, 20, clip=1.0))
 
 
@@ -40,11 +43,19 @@ def test_every_field_reaches_the_table(tmp_path):
     common = {"prediction_type": "v_prediction", "clip": 2.0, "spacing": "trailing"}
     expected = rows("ddpm", cosine, 10, variance="fixed_large", **common)
     np.testing.assert_array_equal(read.table("ddpm", 10).rows, expected)
-    expected = rows("ddim", cosine, 10, eta=0.5, **common)
+    expected = rows("ddim", cosine, 10, eta=0.5, **common, **AGREES)
     np.testing.assert_array_equal(read.table("ddim", 10, eta=0.5).rows, expected)
     # what the caller says goes first
     expected = rows("ddpm", cosine, 10, variance="fixed_small", **{**common, "clip": None})
     np.testing.assert_array_equal(read.table("ddpm", 10, variance="fixed_small", clip=None).rows, expected)
+
+
+def test_diffusers_own_ddim_is_one_option_away():
+    read = SchedulerConfig.from_diffusers({})
+    stock = read.table("ddim", 10, use_clipped_model_output=False)
+    np.testing.assert_array_equal(stock.rows, rows("ddim", NoiseSchedule.linear(), 10, clip=1.0))
+    unclipped = SchedulerConfig.from_diffusers({"clip_sample": False}).table("ddim", 10)
+    np.testing.assert_array_equal(unclipped.rows, rows("ddim", NoiseSchedule.linear(), 10))
 
 
 def test_no_clip_and_the_logarithm_of_fixed_small():
