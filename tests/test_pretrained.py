@@ -11,7 +11,6 @@ from fastddpm.errors import CheckpointError, ConfigError
 from fastddpm.pretrained import SchedulerConfig, find_scheduler_config
 from fastddpm.schedule import NoiseSchedule
 
-
 AGREES = {"use_clipped_model_output": True}  # not diffusers' default: see SchedulerConfig.table
 
 
