@@ -35,7 +35,7 @@ def contenders() -> dict[str, Callable[[], Tensor]]:
         scheduler.set_timesteps(STEPS)
         x = x_T
         for t in scheduler.timesteps:
-            x = scheduler.step(theirs(x, t, labels).sample, t, x).prev_sample
+            x = scheduler.step(theirs(x, t, labels).sample, t, x, use_clipped_model_output=True).prev_sample
         return x
 
     def ours(dtype: torch.dtype) -> Callable[[], Tensor]:
