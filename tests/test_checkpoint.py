@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pickle
+import signal
 import struct
 import subprocess
 import sys
@@ -330,6 +331,10 @@ def test_a_missing_folder(tmp_path: Path) -> None:
             UNet.from_pretrained(str(tmp_path / name))
 
 
+def _too_long(*_: object) -> None:
+    raise TimeoutError("still waiting")
+
+
 @pytest.mark.parametrize("name", ["config.json", WEIGHTS])
 def test_a_missing_file(folder: Path, name: str) -> None:
     (folder / name).unlink()
@@ -338,7 +343,13 @@ def test_a_missing_file(folder: Path, name: str) -> None:
     assert f"{name} is missing" in refusal(folder)
     (folder / name).unlink()
     os.mkfifo(folder / name)  # opening it would wait for ever
-    assert f"{name} is missing" in refusal(folder)
+    previous = signal.signal(signal.SIGALRM, _too_long)
+    signal.alarm(20)
+    try:
+        assert f"{name} is missing" in refusal(folder)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
 
 
 def test_a_pipeline_folder(folder: Path) -> None:
