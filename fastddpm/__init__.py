@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import solvers
-    from .checkpoint import UNetConfig
     from .errors import FastDDPMError
     from .sampler import Sampler, sample
     from .schedule import NoiseSchedule
     from .solvers import StepTable
     from .unet import UNet
+    from .unet_config import UNetConfig
 
 __version__ = "0.1.0"
 
@@ -28,7 +28,7 @@ _HOMES = {
     "Sampler": "sampler",
     "StepTable": "solvers",
     "UNet": "unet",
-    "UNetConfig": "checkpoint",
+    "UNetConfig": "unet_config",
     "sample": "sampler",
 }
 __all__ = ["FastDDPMError", "NoiseSchedule", "Sampler", "StepTable", "UNet", "UNetConfig", "sample", "solvers"]
