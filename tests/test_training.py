@@ -157,6 +157,19 @@ def test_network_sees_the_noised_images_of_the_contract() -> None:
     assert losses[0] == pytest.approx(float(normal(made.batches[0].seeds, (1, 8, 8), step=0, stream=2).square().mean()))
 
 
+def test_v_is_learnt_and_said(tmp_path: Path) -> None:
+    """v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 as the target, in float64, from a network that says zero."""
+    made = trainer(TrainConfig(**{**CONFIG.__dict__, "prediction": "v_prediction"}))
+    batch = made.batches[0]
+    noise = normal(batch.seeds, (1, 8, 8), step=0, stream=2).double()
+    a_bar = torch.tensor(NoiseSchedule.linear().alphas_cumprod)[batch.t][:, None, None, None]
+    v = a_bar.sqrt() * noise - (1 - a_bar).sqrt() * (batch.images.double() * 2 / 255 - 1)
+    assert float(made.step()) == pytest.approx(float(v.square().mean()), rel=1e-6)
+    Run(tmp_path / "run", made, bars()).save()
+    config = json.loads((tmp_path / "run" / "scheduler_config.json").read_text())
+    assert config["prediction_type"] == "v_prediction"
+
+
 def test_loss_falls_and_finds_the_structure() -> None:
     made = trainer()
     losses = [float(made.step(min(1.0, (i + 1) / 10))) for i in range(120)]
@@ -229,7 +242,14 @@ def test_architecture() -> None:
 @pytest.mark.parametrize(
     "field, value",
     [("batch_size", 0), ("lr", 0.0), ("lr", float("nan")), ("ema", 1.0), ("class_dropout", 1.1), ("seed", -1)]
-    + [("seed", 1 << 64), ("schedule", "quadratic"), ("density", "sigmoid"), ("precision", "fp8"), ("clip_norm", 0.0)],
+    + [
+        ("seed", 1 << 64),
+        ("schedule", "quadratic"),
+        ("density", "sigmoid"),
+        ("precision", "fp8"),
+        ("prediction", "sample"),
+        ("clip_norm", 0.0),
+    ],
 )
 def test_bad_config(field: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=field) as caught:

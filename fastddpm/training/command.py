@@ -72,6 +72,7 @@ def architecture(data: ImageSet, widths: tuple[int, ...], layers: int, attention
 @click.option("--attention", type=Integers(), default="", help="Sides of the levels with self-attention, e.g. 16,8.")
 @click.option("--schedule", default="linear", show_default=True, help="linear, scaled_linear, cosine or sigmoid.")
 @click.option("--density", default="cosine", show_default=True, help="Of the time steps: uniform or cosine.")
+@click.option("--prediction", default="epsilon", show_default=True, help="What is learnt: epsilon or v_prediction.")
 @click.option("--precision", default="auto", show_default=True, help="bf16, float32, or auto: bf16 where it is fast.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
@@ -101,7 +102,7 @@ def run_training(options: dict[str, Any], quiet: bool) -> dict[str, Any]:
 
     minutes = 60.0 if options["minutes"] is None and options["steps"] is None else options["minutes"]
     budget = Budget(options["steps"], minutes)
-    names = ("batch_size", "lr", "ema", "class_dropout", "schedule", "density", "seed", "precision")
+    names = ("batch_size", "lr", "ema", "class_dropout", "schedule", "density", "seed", "precision", "prediction")
     device = runtime.choose_device(options["device"])
     if options["precision"] == "auto":
         fast = runtime.choose_dtype("auto", device) == torch.bfloat16

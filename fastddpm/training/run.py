@@ -204,7 +204,7 @@ def scheduler_config(trainer: Trainer) -> Mapping[str, Any]:
     return {
         "_class_name": "DDPMScheduler",
         **trainer.schedule.to_diffusers(),
-        "prediction_type": "epsilon",
+        "prediction_type": trainer.config.prediction,
         "clip_sample": True,
         "clip_sample_range": 1.0,
     }

@@ -1,4 +1,4 @@
-"""The trainer: one step of epsilon-matching (Ho et al. 2020, arXiv 2006.11239, algorithm 1) at a time.
+"""The trainer: one step of denoising (Ho et al. 2020, arXiv 2006.11239, algorithm 1) at a time.
 
 The network computes in bfloat16; the weights that the optimiser changes, their moving average and the loss are float32.
 A step is a function of the state and the step's number, so a run can be stopped and taken up anywhere.
@@ -25,6 +25,7 @@ from .data import ImageSet
 
 SCHEDULES = ("linear", "scaled_linear", "cosine", "sigmoid")
 PRECISIONS = ("bf16", "float32")
+PREDICTIONS = ("epsilon", "v_prediction")
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by its own names
 NULL_CLASSES = 1  # behind the data's classes, for dropped labels
 
@@ -42,6 +43,9 @@ class TrainConfig:
         density: distribution of the time steps, "uniform" or "cosine"; see `time_step_edges`.
         seed: 0 ... 2^64 - 1; of the initial weights, the order, the dropped labels, the time steps and the noise.
         precision: what the network computes in, "bf16" or "float32".
+        prediction: what it learns: "epsilon", or "v_prediction", which is sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0
+            (Salimans and Ho 2022, arXiv 2202.00512, section 4), from which x_0 follows without a division by
+            sqrt(alpha_bar): where an epsilon-network is 4 % wrong at t = 980, its x_0 is wrong by 5.
         weight_decay, clip_norm: AdamW's weight decay; the largest norm of the gradient.
     """
 
@@ -53,6 +57,7 @@ class TrainConfig:
     density: str = "cosine"
     seed: int = 0
     precision: str = "bf16"
+    prediction: str = "epsilon"
     weight_decay: float = 0.01
     clip_norm: float = 1.0
 
@@ -65,6 +70,7 @@ class TrainConfig:
             "schedule": (self.schedule in SCHEDULES, ", ".join(SCHEDULES)),
             "seed": (0 <= self.seed < 1 << 64, "0 ... 2^64 - 1"),
             "precision": (self.precision in PRECISIONS, ", ".join(PRECISIONS)),
+            "prediction": (self.prediction in PREDICTIONS, ", ".join(PREDICTIONS)),
             "weight_decay": (0 <= self.weight_decay <= 10, "0 ... 10"),
             "clip_norm": (self.clip_norm > 0, "above 0"),
         }
@@ -187,7 +193,7 @@ class Trainer:
         return loss.detach()
 
     def loss(self, batch: Batch) -> Tensor:
-        """|eps - eps_theta(x_t, t)|^2, averaged over elements and batch (Ho et al. 2020, eq. 14): float32 []."""
+        """|eps - eps_theta(x_t, t)|^2 (Ho et al. 2020, eq. 14), or the same of v, averaged: float32 []."""
         x0 = batch.images.to(self.device).float() / 127.5 - 1
         t, seeds = batch.t.to(self.device), batch.seeds.to(self.device)
         labels = None if batch.labels is None else batch.labels.to(self.device)
@@ -196,7 +202,10 @@ class Trainer:
         on_gpu = self.device.type == "cuda" and self.config.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=on_gpu):
             predicted = self.net(x, t, labels)
-        return F.mse_loss(predicted.float(), noise)
+        if self.config.prediction == "epsilon":
+            return F.mse_loss(predicted.float(), noise)
+        a, b = self.table[t].T[:, :, None, None, None]
+        return F.mse_loss(predicted.float(), a * noise - b * x0)
 
     def averaged(self) -> UNet:
         """A copy of the network with the moving average of the weights, float16, on the CPU: what is saved."""
