@@ -7,8 +7,13 @@ an error in the warm-up is the model's and is raised as it is; an error in the c
 
 from __future__ import annotations
 
+import functools
+import inspect
+import threading
+import types
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import Generic, TypeVar
 
 import torch
@@ -20,33 +25,96 @@ MAX_GRAPHS = 4  # each keeps its activations; the least recently used leaves
 WARM_UPS = 3  # cuBLAS, cuDNN and Triton initialise lazily, and may not do so during a capture
 
 
+_ONE_AT_A_TIME = threading.Lock()  # CUDA allows one capture a process; the settings below are the process's too
+
+
 def capture(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """Run `step` a few times, capture it, and return the function that replays it on the current stream.
 
     Raises `GraphCaptureError` where the step can't be captured: it synchronises with the host (``.item()``, a branch
     on a tensor's value), copies from pageable memory, or draws from torch's random generator (every replay would draw
-    the same).
+    the same; another thread that draws meanwhile is taken for the model). The model's own errors come as they are.
     """
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    random_state = torch.cuda.get_rng_state(device)
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UPS):
-            step()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    if not torch.equal(random_state, torch.cuda.get_rng_state(device)):
-        torch.cuda.set_rng_state(random_state, device)
-        raise GraphCaptureError("the model draws random numbers (dropout in train mode?)")
+    with _ONE_AT_A_TIME, _no_autocast_cache():
+        current = torch.cuda.current_stream(device)
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(current)
+        random_state = torch.cuda.get_rng_state(device)
+        try:
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UPS - 1):
+                    step()
+                _without_synchronising(step)
+        finally:  # also where the model failed: the buffers may not be freed while the stream still writes them
+            current.wait_stream(stream)
+        if not torch.equal(random_state, torch.cuda.get_rng_state(device)):
+            torch.cuda.set_rng_state(random_state, device)
+            raise GraphCaptureError("the model draws random numbers (dropout in train mode?)")
 
-    graph = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # thread_local: another thread's cudaMalloc or synchronisation must not break this capture
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                step()
+        except RuntimeError as error:
+            torch.cuda.set_stream(current)  # ending a broken capture raises before torch sets it back
+            torch.cuda.synchronize(device)
+            cause = error.__context__ or error
+            raise GraphCaptureError((str(cause) or type(cause).__name__).splitlines()[0]) from error
+        return graph.replay
+
+
+def _without_synchronising(step: Callable[[], None]) -> None:
+    """Run `step`; `GraphCaptureError` where it waits for the device.
+
+    Found here, and not by a capture that breaks: torch is not whole after one (its allocator and generator go on as if
+    it were still under way).
+    """
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
     try:
-        # thread_local: another thread's cudaMalloc or synchronisation must not break this capture
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            step()
+        step()
     except RuntimeError as error:
-        torch.cuda.synchronize(device)
-        raise GraphCaptureError(str(error).splitlines()[0]) from error
-    return graph.replay
+        if "synchronizing" not in str(error):
+            raise
+        raise GraphCaptureError("the model waits for the GPU (.item(), .cpu(), a branch on a value)") from error
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+@contextmanager
+def _no_autocast_cache() -> Iterator[None]:
+    """A graph may not read autocast's cached copies of the weights: they are freed when the user leaves autocast."""
+    enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)
+
+
+def modules_of(model: object, depth: int = 3) -> list[nn.Module]:
+    """The modules that a callable runs: itself, or what a method, a partial, a closure or an object's attribute holds.
+
+    As far as can be seen from outside, `depth` callables deep.
+    """
+    if isinstance(model, nn.Module):
+        return [model]
+    if depth == 0:
+        return []
+    held: list[object] = []
+    if inspect.ismethod(model):
+        held = [model.__self__, model.__func__]
+    elif isinstance(model, functools.partial):
+        held += [model.func, *model.args, *model.keywords.values()]
+    elif inspect.isfunction(model):
+        closure = inspect.getclosurevars(model)
+        held += [*closure.nonlocals.values(), *closure.globals.values()]
+    else:
+        held += list(getattr(model, "__dict__", {}).values())
+    bound = held[:1] if inspect.ismethod(model) else []  # the only object that is looked into
+    kinds = (nn.Module, functools.partial, types.FunctionType, types.MethodType)
+    return [module for h in held if isinstance(h, kinds) or h in bound for module in modules_of(h, depth - 1)]
 
 
 def fingerprint(model: object) -> Hashable:
@@ -55,11 +123,12 @@ def fingerprint(model: object) -> Hashable:
     A change of the weights in place needs no new graph, since the graph reads the same memory.
     """
     autocast = (torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"))
-    if not isinstance(model, nn.Module):
-        return autocast
-    tensors = tuple((t.data_ptr(), t.dtype) for group in (model.parameters(), model.buffers()) for t in group)
-    modules = tuple((m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules())
-    return autocast, tensors, modules
+    made: list[Hashable] = [autocast]
+    for root in modules_of(model):
+        tensors = [t for group in (root.parameters(), root.buffers()) for t in group]
+        made += [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors]
+        made += [(m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for m in root.modules()]
+    return tuple(made)
 
 
 T = TypeVar("T")

@@ -14,6 +14,7 @@ from fastddpm_kernels import advance_, normal, reference, reverse_step_
 from fastddpm_kernels import columns as col
 from fastddpm_kernels.constants import STREAM_INITIAL
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 from . import graphs, solvers
 from .errors import DeviceError, GraphCaptureError, InputError, NonFiniteError
@@ -47,9 +48,9 @@ class Buffers:
     x0: Tensor | None = None
     h1: Tensor | None = None
     h2: Tensor | None = None
-    model_kwargs: dict[str, Any] = field(default_factory=dict)
+    model_kwargs: dict[str, Any] = field(default_factory=dict)  # its tensors, in dicts and lists too, are buffers
 
-    def start(self, x_T: Tensor | None, seeds: Tensor, model_kwargs: Mapping[str, Any]) -> None:
+    def start(self, x_T: Tensor | None, seeds: Tensor, model_kwargs: dict[str, Any]) -> None:
         """Put every sample at row 0 of the table, with x_T given or drawn."""
         self.seeds.copy_(seeds)
         if x_T is None:
@@ -62,9 +63,9 @@ class Buffers:
         for history in (self.h1, self.h2):
             if history is not None:
                 history.zero_()
-        for name, value in model_kwargs.items():
-            if isinstance(value, Tensor):
-                self.model_kwargs[name].copy_(value)
+        for mine, given in zip(tree_leaves(self.model_kwargs), tree_leaves(model_kwargs), strict=True):
+            if isinstance(mine, Tensor):
+                mine.copy_(given)
 
 
 def initial_noise(seeds: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -110,15 +111,17 @@ class Sampler:
             raise InputError(f"model is a {type(model).__name__}; needed: a callable model(x, t, **kwargs)")
         if not isinstance(table, StepTable):
             raise InputError(f"table is a {type(table).__name__}; needed: a StepTable, as from fastddpm.solvers.ddpm")
-        if graph not in ("auto", True, False):
+        if graph != "auto" and not isinstance(graph, bool):
             raise InputError(f"graph is {graph!r}; allowed: 'auto', True, False")
         if state_dtype not in (torch.float32, torch.float64):
             raise InputError(f"state_dtype is {state_dtype}; allowed: torch.float32, or torch.float64 on the CPU")
-        if batch_size is not None and (isinstance(batch_size, bool) or batch_size < 1):
+        whole = isinstance(batch_size, int) and not isinstance(batch_size, bool)
+        if batch_size is not None and not (whole and batch_size >= 1):
             raise InputError(f"batch_size is {batch_size!r}; allowed: None, or an integer of at least 1")
         self.model, self.table, self.graph = model, table, graph
         self.batch_size, self.state_dtype = batch_size, state_dtype
-        self.dtype = self._model_dtype(dtype)
+        self._dtype = dtype
+        self._model_dtype()  # refuses a wrong one now
         self.device = None if device is None else torch.device(device)
         self._lock = threading.Lock()
         self._captured: graphs.RecentlyUsed[tuple[Buffers, Callable[[], None]]] = graphs.RecentlyUsed()
@@ -141,7 +144,8 @@ class Sampler:
             seeds: one integer in 0 ... 2^64 - 1 a sample, or a single one from which each sample's is mixed
                 (`fastddpm.seeds.sample_seeds`). A sample's noise depends on its own seed alone.
             x_T: start from this [B, ...] instead of from the seeds' noise; never written to.
-            model_kwargs: passed on to the model; a tensor whose first size is B is taken to hold a row a sample.
+            model_kwargs: passed on to the model. Tensors in it, in dicts and lists too, are moved to the device; one
+                whose first size is B is taken to hold a row a sample.
             progress: show a progress bar on stderr.
 
         Returns:
@@ -156,8 +160,9 @@ class Sampler:
         kwargs = dict(model_kwargs or {})
         size = self.batch_size or shape[0]
         samples, flags = [], []
-        with self._lock, torch.no_grad(), self._bar(progress, shape[0], size) as bar:
-            for rows in torch.arange(shape[0]).split(size):
+        # inference_mode(False): buffers made in the caller's inference mode could not be used outside of it again.
+        with self._lock, torch.inference_mode(False), torch.no_grad(), self._bar(progress, shape[0], size) as bar:
+            for rows in torch.arange(shape[0], device="cpu").split(size):
                 padded = torch.cat([rows, rows[-1:].expand(size - len(rows))])  # the last sample again and again
                 part = _rows(kwargs, padded, shape[0])
                 buffers, step = self._prepared((size, *shape[1:]), part, x_T)
@@ -185,13 +190,17 @@ class Sampler:
         """
         shape, bits = self._checked(shape, seeds, x_T)
         kwargs = dict(model_kwargs or {})
-        with self._bar(progress, shape[0], shape[0]) as bar:
-            with torch.no_grad():
-                buffers = self._allocate(shape, kwargs, x_T)
-                buffers.x0 = x0 = torch.empty_like(buffers.x)
-                buffers.start(x_T, bits, kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            buffers = self._allocate(shape, kwargs, x_T)
+            buffers.x0 = torch.empty_like(buffers.x)
+            buffers.start(x_T, bits, kwargs)
+        return self._steps(buffers, buffers.x0, seeds, progress)
+
+    def _steps(self, buffers: Buffers, x0: Tensor, seeds: int | Sequence[int], progress: bool) -> Iterator[TraceStep]:
+        """The generator of `trace`, which has checked its arguments when it was called."""
+        with self._bar(progress, 1, 1) as bar:
             for i, t in enumerate(self.table.timesteps):
-                with torch.no_grad():
+                with torch.inference_mode(False), torch.no_grad():
                     self._step(buffers)
                 bar.update()
                 yield TraceStep(i, float(t), buffers.x.clone(), x0.clone())
@@ -229,11 +238,13 @@ class Sampler:
                 self._captured.clear()
                 self._captured_for = fingerprint
             try:
-                return self._captured.get(_key(shape, kwargs), partial(self._capture, shape, kwargs, x_T, device))
+                key = (_key(shape, kwargs), device)
+                return self._captured.get(key, partial(self._capture, shape, kwargs, x_T, device))
             except GraphCaptureError as error:
                 if self.graph is True:
                     raise
                 self._graph_refused = True  # a failed capture is not tried again
+                self._captured.clear()
                 warnings.warn(f"no CUDA graph: {error}; sampling goes on eagerly, slower", stacklevel=3)
         buffers = self._allocate(shape, kwargs, x_T)
         return buffers, partial(self._step, buffers)
@@ -256,7 +267,9 @@ class Sampler:
         history = self.table.history
         return Buffers(
             x=state(),
-            model_input=torch.empty(shape, dtype=self.dtype, device=device, memory_format=self._memory_format(shape)),
+            model_input=torch.empty(
+                shape, dtype=self._model_dtype(), device=device, memory_format=self._memory_format(shape)
+            ),
             t=torch.zeros(batch, dtype=torch.int64 if whole else torch.float32, device=device),
             table=table,
             cursor=torch.zeros(batch, dtype=torch.int32, device=device),
@@ -264,21 +277,23 @@ class Sampler:
             nonfinite=torch.zeros(batch, dtype=torch.int32, device=device),
             h1=state() if history >= 1 else None,
             h2=state() if history >= 2 else None,
-            model_kwargs={k: v.to(device, copy=True) if isinstance(v, Tensor) else v for k, v in kwargs.items()},
+            model_kwargs=tree_map_only(Tensor, lambda v: torch.empty_like(v, device=device), dict(kwargs)),
         )
 
     # --- what the model wants -----------------------------------------------------------------------------------------
 
     def _parameters(self) -> list[Tensor]:
-        return list(self.model.parameters()) if isinstance(self.model, nn.Module) else []
+        """Those of the model, or of the modules that a function around them runs."""
+        return [p for module in graphs.modules_of(self.model) for p in module.parameters()]
 
-    def _model_dtype(self, dtype: torch.dtype | None) -> torch.dtype:
-        own = next((p.dtype for p in self._parameters() if p.is_floating_point()), None)
+    def _model_dtype(self) -> torch.dtype:
+        """The dtype of the model's input, as it is now: the user may have converted the model."""
+        dtype, own = self._dtype, next((p.dtype for p in self._parameters() if p.is_floating_point()), None)
         if dtype is None:
             return own or self.state_dtype
-        if not dtype.is_floating_point:
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise InputError(f"dtype is {dtype}; needed: a floating-point dtype")
-        if own is not None and own != dtype:
+        if isinstance(self.model, nn.Module) and own is not None and own != dtype:
             raise InputError(f"the model's parameters are {own}, dtype is {dtype}; convert it first: model.to({dtype})")
         return dtype
 
@@ -311,6 +326,9 @@ class Sampler:
         device = self._device(x_T)
         if device.type == "cuda" and not torch.cuda.is_available():
             raise DeviceError("the device is cuda, but torch finds no NVIDIA GPU; use device='cpu'")
+        own = next((p.device for p in self._parameters()), device)
+        if isinstance(self.model, nn.Module) and own.type != device.type:
+            raise InputError(f"the model is on {own}, the device is {device}; move it first: model.to({str(device)!r})")
         if device.type != "cpu" and self.state_dtype == torch.float64:
             raise InputError(f"state_dtype float64 is for the CPU; the device is {device}")
         return shape, sample_seeds(seeds, shape[0])
@@ -335,23 +353,31 @@ class Sampler:
         return tqdm(total=-(-n // size) * self.table.num_rows, disable=not progress, unit="step", desc="sampling")
 
 
-def _rows(kwargs: Mapping[str, Any], rows: Tensor, batch: int) -> dict[str, Any]:
+def _rows(kwargs: dict[str, Any], rows: Tensor, batch: int) -> dict[str, Any]:
     """The keyword arguments of some samples: of a tensor with a row a sample, those rows."""
-    return {
-        k: v[rows.to(v.device)] if isinstance(v, Tensor) and v.ndim and v.shape[0] == batch else v
-        for k, v in kwargs.items()
-    }
+
+    def picked(v: Tensor) -> Tensor:
+        return v[rows.to(v.device)] if v.ndim and v.shape[0] == batch else v
+
+    made: dict[str, Any] = tree_map_only(Tensor, picked, kwargs)
+    return made
 
 
-def _key(shape: tuple[int, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What a captured graph is for. A tensor enters by shape and dtype, anything else by what it is."""
+def _key(shape: tuple[int, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """What a captured graph is for: a tensor enters by its shape and dtype, a plain value by itself.
+
+    Raises `GraphCaptureError` for anything else in `kwargs`: an object may change without its graph noticing.
+    """
 
     def described(v: Any) -> tuple[Any, ...]:
         if isinstance(v, Tensor):
             return v.shape, v.dtype, v.stride()
-        return type(v), v if isinstance(v, bool | int | float | str | None) else id(v)  # the buffers keep v, so its id
+        if not isinstance(v, bool | int | float | str | torch.dtype | None):
+            raise GraphCaptureError(f"model_kwargs hold a {type(v).__name__}, which may change between calls")
+        return type(v), v
 
-    return shape, tuple((k, described(v)) for k, v in sorted(kwargs.items()))
+    leaves, spec = tree_flatten(kwargs)
+    return shape, str(spec), tuple(described(v) for v in leaves)
 
 
 def _tensor_of(output: Any, shape: torch.Size) -> Tensor:

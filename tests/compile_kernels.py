@@ -10,66 +10,91 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
+import torch
 import triton
 from fastddpm_kernels import philox, q_sample_kernel, reverse_step_kernel
+from fastddpm_kernels.columns import COLUMNS
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 TARGETS = (80, 90, 100)
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int32": "*i32", "int64": "*i64"}
+Launch = tuple[ASTSource, dict[str, Any]]
 
 
-def source(kernel, pointers: dict[str, str], constexprs: dict[str, object], *, aligned: bool = True) -> ASTSource:
-    """Arguments as the launcher would specialise them: 16-byte pointers, n a multiple of 16 (or not), q always.
+def launched(module: ModuleType, name: str, launch: Callable[..., None], *args: Any, **kwargs: Any) -> Launch:
+    """What `launch` asks Triton to compile for these arguments: the kernel `name` of `module`, and its options."""
+    kernel, caught = getattr(module, name), []
 
-    An integer of 1 becomes a constant, unless the kernel says that it may not.
-    """
-    signature, attrs = {}, {}
-    if "step" in kernel.arg_names and "step" not in (kernel.do_not_specialize or ()):
-        constexprs = constexprs | {"step": 1}
-    for index, name in enumerate(kernel.arg_names):
-        signature[name] = "constexpr" if name in constexprs else pointers.get(name, "i32")
-        if name in pointers or name == "q" or (name == "n" and aligned):
+    class Recorder:
+        def __getitem__(self, grid: object) -> Callable[..., None]:
+            return lambda *a, **k: caught.append((a, k))
+
+    setattr(module, name, Recorder())
+    try:
+        launch(*args, **kwargs)
+    finally:
+        setattr(module, name, kernel)
+    positional, keywords = caught[0]
+    options = {k: keywords.pop(k) for k in list(keywords) if k not in kernel.arg_names}
+    return specialised(kernel, dict(zip(kernel.arg_names, positional, strict=False)) | keywords), options
+
+
+def specialised(kernel: Any, values: dict[str, Any]) -> ASTSource:
+    """As Triton does it: a tensor is a 16-byte aligned pointer, 1 a constant, a multiple of 16 known as one."""
+    signature, constexprs, attrs = {}, {}, {}
+    for index, (name, value) in enumerate(values.items()):
+        fixed = name in (kernel.do_not_specialize or ())
+        if isinstance(value, torch.Tensor):
+            signature[name] = TYPES[str(value.dtype).removeprefix("torch.")]
+        elif kernel.params[index].is_constexpr or (value == 1 and not fixed):
+            signature[name], constexprs[(index,)] = "constexpr", value
+        else:
+            signature[name] = "i32"
+        if signature[name][0] == "*" or (signature[name] == "i32" and not fixed and value % 16 == 0):
             attrs[(index,)] = [["tt.divisibility", 16]]
-    return ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constexprs.items()}, attrs)
+    return ASTSource(kernel, signature, constexprs, attrs)
 
 
-def variants() -> dict[str, ASTSource]:
-    """Every kernel, with the arguments that the launchers give."""
+def variants() -> dict[str, Launch]:
+    """Every kernel, as the launchers launch it."""
     made = {}
-    step = {"table_ptr": "*fp32", "cursor_ptr": "*i32", "seeds_ptr": "*i64", "nonfinite_ptr": "*i32"}
-    step |= dict.fromkeys(("x_ptr", "out_ptr", "x0_ptr", "h1_ptr", "h2_ptr"), "*fp32")
+    seeds, cursor, t = torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int32), torch.zeros(2).long()
 
-    def reverse(dtype="bf16", *, aligned=True, **switches):
-        constexprs = dict(LIMITED=True, NOISE=True, HISTORY=0, WRITE_INPUT=True, WRITE_X0=False)
-        constexprs |= dict(PLANE=0, CHANNELS=0, BLOCK=512) | switches
-        pointers = step | {"m_ptr": f"*{dtype}", "input_ptr": f"*{dtype}"}
-        return source(reverse_step_kernel.reverse_step_kernel, pointers, constexprs, aligned=aligned)
+    def reverse(dtype=torch.bfloat16, *, shape=(2, 3, 32, 32), history=0, x0=False, last=False, **flags):
+        x, table = torch.zeros(shape), torch.zeros(4, len(COLUMNS))
+        m = torch.zeros(shape, dtype=dtype)
+        m = m.to(memory_format=torch.channels_last) if last else m
+        buffers = {"h1": x if history >= 1 else None, "h2": x if history >= 2 else None, "x0": x if x0 else None}
+        flags = {"limited": True, "noise": True} | flags
+        launch = partial(reverse_step_kernel.launch_reverse_step, out=x, model_input=m, **buffers, **flags)
+        return launched(reverse_step_kernel, "reverse_step_kernel", launch, x, m, table, cursor, seeds, cursor)
 
-    for dtype in ("fp32", "bf16", "fp16"):
-        made[f"reverse_step-{dtype}"] = reverse(dtype)
-    made["reverse_step-odd"] = reverse(aligned=False)
-    made["reverse_step-one"] = reverse(aligned=False, n=1)
-    made["reverse_step-ddim"] = reverse(NOISE=False)
-    made["reverse_step-unlimited"] = reverse(LIMITED=False)
-    made["reverse_step-history1"] = reverse(HISTORY=1, NOISE=False)
-    made["reverse_step-history2"] = reverse(HISTORY=2)
-    made["reverse_step-x0"] = reverse(WRITE_X0=True)
-    made["reverse_step-channels_last"] = reverse(PLANE=1024, CHANNELS=3)
-
-    made["normal"] = source(philox.normal_kernel, {"out_ptr": "*fp32", "seeds_ptr": "*i64"}, dict(stream=0, BLOCK=512))
-    for draw in (True, False):
-        for dtype in ("fp32", "bf16", "fp16"):
-            pointers = {f"{name}_ptr": f"*{dtype}" for name in ("x0", "noise", "out")}
-            pointers |= {"t_ptr": "*i64", "table_ptr": "*fp32", "seeds_ptr": "*i64"}
-            constexprs = dict(stream=2, DRAW=draw, BLOCK=512)
-            name = f"{'q_sample' if draw else 'add_noise'}-{dtype}"
-            made[name] = source(q_sample_kernel.q_sample_kernel, pointers, constexprs)
-    pointers = {"cursor_ptr": "*i32", "t_ptr": "*i64", "table_ptr": "*fp32"}
-    made["advance"] = source(reverse_step_kernel.advance_kernel, pointers, dict(BLOCK=128))
+    for dtype, short in ((torch.float32, "fp32"), (torch.bfloat16, "bf16"), (torch.float16, "fp16")):
+        made[f"reverse_step-{short}"] = reverse(dtype)
+        x, pairs = torch.zeros(2, 3, 32, 32, dtype=dtype), torch.zeros(10, 2)
+        q = partial(launched, q_sample_kernel, "q_sample_kernel", q_sample_kernel.launch_q_sample, x, x, x, t, pairs)
+        made[f"q_sample-{short}"] = q(seeds, step=1)
+        made[f"add_noise-{short}"] = q()
+    made["reverse_step-odd"] = reverse(shape=(2, 3, 5, 7))
+    made["reverse_step-one"] = reverse(shape=(2, 1))
+    made["reverse_step-ddim"] = reverse(noise=False)
+    made["reverse_step-unlimited"] = reverse(limited=False)
+    made["reverse_step-history1"] = reverse(history=1, noise=False)
+    made["reverse_step-history2"] = reverse(history=2)
+    made["reverse_step-x0"] = reverse(x0=True)
+    made["reverse_step-channels_last"] = reverse(last=True)
+    made["normal"] = launched(philox, "normal_kernel", philox.launch_normal, x.float(), seeds, step=1, stream=0)
+    launch, table = reverse_step_kernel.launch_advance, torch.zeros(4, len(COLUMNS))
+    made["advance"] = launched(reverse_step_kernel, "advance_kernel", launch, cursor, t, table)
     return made
 
 
@@ -91,17 +116,19 @@ def inspect(compiled) -> dict[str, object]:
         "instructions": sum(not op.startswith("NOP") for op in sass),
         "conversions": sorted(set(re.findall(r"cvt\.rn[\w.]*", compiled.asm["ptx"]))),
         "nan_clamp": ".NaN" in compiled.asm["ptx"],
-        "fp_fusion": compiled.metadata.enable_fp_fusion,
+        "fused": sum(2 if packed else 1 for packed in re.findall(r"fma\.rn\.f32(x2)?", compiled.asm["ptx"])),
     }
 
 
 def main() -> None:
-    jobs = [(name, sm, src) for name, src in variants().items() for sm in TARGETS]
+    jobs = [(name, sm, *launch) for name, launch in variants().items() for sm in TARGETS]
 
-    def build(job):
-        name, sm, src = job
-        options = {"num_warps": 4, "enable_fp_fusion": True}
-        return f"{name}-sm{sm}", inspect(triton.compile(src, target=GPUTarget("cuda", sm, 32), options=options))
+    def build(job: tuple[str, int, ASTSource, dict[str, Any]]) -> tuple[str, dict[str, object]]:
+        name, sm, source, options = job
+        made = inspect(triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options))
+        lanes = source.constants[(source.fn.arg_names.index("BLOCK"),)]
+        made["elements"] = 4 * lanes / (32 * options["num_warps"])  # a thread's
+        return f"{name}-sm{sm}", made
 
     with ThreadPoolExecutor(2) as pool:
         json.dump(dict(pool.map(build, jobs)), sys.stdout, indent=1)

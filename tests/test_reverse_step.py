@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from fastddpm_kernels import columns as col
-from fastddpm_kernels import normal, reference, reverse_step, reverse_step_
+from fastddpm_kernels import normal, reference, registration, reverse_step, reverse_step_
 from fastddpm_kernels.lanes import memory_order
 from fastddpm_kernels.reverse_step_kernel import launch_advance, launch_reverse_step
 from helpers import DEVICE, Guarded, fenced, random_table, store_error
@@ -119,8 +119,9 @@ def test_channels_last_is_read_and_written_in_place_with_the_same_noise(shape):
     assert all(torch.equal(a, b) for a, b in zip(plain, other, strict=True))
 
 
-def test_block_size_slot_and_company_do_not_matter():
-    x, m, *_ = inputs((3, 5, 7), torch.float32, batch=4)
+@pytest.mark.parametrize("shape", [(3, 5, 7), (4, 16, 16)])
+def test_block_size_slot_and_company_do_not_matter(shape):
+    x, m, *_ = inputs(shape, torch.float32, batch=4)
     table = random_table(5, history=0).float()
     cursor, seeds = (
         torch.tensor([0, 2, 1, 3], dtype=torch.int32, device=DEVICE),
@@ -156,13 +157,28 @@ def test_in_place_is_the_same():
     assert torch.equal(model_input, table[next_row, col.C_IN][:, None] * out)
 
 
-def test_an_identity_row_keeps_the_sample():
+@pytest.mark.parametrize("said", [0.5, math.nan, math.inf])
+def test_an_identity_row_keeps_the_sample_whatever_the_model_says(said):
     x, m, *_ = inputs((3, 5, 7), torch.float32)
+    m.fill_(said)
     table = random_table(4, history=0)
-    cursor = torch.full((3,), 3, dtype=torch.int32, device=DEVICE)
-    out, model_input, *_ = launch(x, m, table, cursor, torch.arange(3, device=DEVICE), limited=True, noise=True)
+    cursor, seeds = torch.full((3,), 3, dtype=torch.int32, device=DEVICE), torch.arange(3, device=DEVICE)
+    out, model_input, _, nonfinite = launch(x, m, table, cursor, seeds, limited=True, noise=True)
     assert torch.equal(out, x)
     assert torch.equal(model_input, x)
+    assert not nonfinite.any()
+    cpu = reverse_step(x.cpu(), m.cpu(), table.float().cpu(), cursor.cpu(), seeds.cpu())
+    assert torch.equal(cpu[0], x.cpu())
+    assert not cpu[2].any()
+
+
+def test_without_a_limit_nothing_is_clipped():
+    x, m, *_ = inputs((13,), torch.float32)
+    table, cursor, seeds = random_table(4, history=0, clip=0.1), torch.zeros(3, dtype=torch.int32), torch.arange(3)
+    x0 = reverse_step(x.cpu(), m.cpu(), table.float().cpu(), cursor, seeds, limited=False)[1]
+    assert x0.abs().max() > 0.1
+    made = launch(x, m, table, cursor.to(DEVICE), seeds.to(DEVICE), limited=False, noise=True)[2]
+    assert (made.cpu() - x0).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
@@ -253,8 +269,41 @@ GOOD = dict(
         ({"cursor": torch.zeros(3, dtype=torch.int32)}, r"of \(2,\)"),
         ({"seeds": torch.zeros(2)}, "seeds is torch.float32"),
         ({"h2": torch.zeros(2, 4)}, "h2 is given without h1"),
+        ({"h1": torch.zeros(2, 4, dtype=torch.float64)}, "h1 is torch.float64"),
     ],
 )
 def test_bad_arguments(change, words):
     with pytest.raises(ValueError, match=words):
         reverse_step(**{**GOOD, **change})
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"nonfinite": torch.zeros(4, dtype=torch.int32)[::2]}, "nonfinite is not contiguous"),
+        ({"x": torch.zeros(4, 2).T}, "x is not contiguous"),
+        ({"x0": torch.zeros(2, 3)}, r"x0 has shape \(2, 3\)"),
+        ({"x0": torch.zeros(2, 4, dtype=torch.bfloat16)}, "x0 and x differ in dtype"),
+        ({"model_input": torch.zeros(1, 4)}, r"model_input has shape \(1, 4\)"),
+        ({"model_input": torch.zeros(2, 4, dtype=torch.int32)}, "needed: a float dtype"),
+        ({"model_input": torch.zeros(4, 2).T}, "model_input is written in place"),
+    ],
+)
+def test_bad_buffers(change, words):
+    with pytest.raises(ValueError, match=words):
+        reverse_step_(**{**GOOD, "nonfinite": torch.zeros(2, dtype=torch.int32), **change})
+
+
+def test_the_gpu_is_given_adjacent_elements():
+    """An expanded or strided t, cursor or seeds is made contiguous before its pointer is taken."""
+    seen = registration._on_its_device(lambda *args: args)
+    vectors = (torch.zeros(2, 3), torch.full((1,), 5).expand(3), torch.arange(6)[::2], 7, None)
+    made = seen(*vectors)
+    assert made[1].stride() == made[2].stride() == (1,)
+    assert torch.equal(made[2], vectors[2])
+    assert made[0] is vectors[0]
+
+
+def test_a_memory_layout_that_the_kernel_can_not_read():
+    with pytest.raises(ValueError, match="needed: contiguous or channels_last"):
+        memory_order(torch.zeros(2, 3, 4, 5).transpose(2, 3))

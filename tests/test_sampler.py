@@ -1,5 +1,6 @@
 """The sampler: closed forms, seeds and batches, what the model is given, and refusals."""
 
+import copy
 import math
 import threading
 from types import SimpleNamespace
@@ -214,6 +215,41 @@ def test_a_sampler_in_two_threads(unet):
     assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True))
 
 
+def test_tensors_in_dicts_are_rows_too():
+    """A batch of 3 in parts of 2, the last one padded: every sample gets its own row of a nested tensor."""
+
+    def model(x, t, cond):
+        return x * 0 + cond["y"][0][:, None] * cond["gain"]
+
+    cond = {"y": [torch.tensor([1.0, 2.0, 3.0])], "gain": 0.1}
+    x_T = torch.zeros(3, 4)
+    one, parts = (
+        Sampler(model, solvers.ddim(SCHEDULE, 3), batch_size=size).sample(
+            (3, 4), seeds=0, x_T=x_T, model_kwargs={"cond": cond}
+        )
+        for size in (None, 2)
+    )
+    assert torch.equal(one, parts)
+    assert len(set(one[:, 0].tolist())) == 3
+
+
+def test_a_converted_model_is_given_its_new_dtype(unet):
+    net = copy.deepcopy(unet)
+    sampler = Sampler(net, SHORT)
+    net.bfloat16()
+    assert sampler.sample((1, 1, 8, 8), seeds=0, model_kwargs={"class_labels": LABELS[:1]}).dtype == torch.float32
+
+
+def test_a_function_around_a_module_is_given_the_modules_dtype():
+    net = torch.nn.Linear(4, 4).bfloat16()
+    assert Sampler(lambda x, t: net(x), SHORT).sample((2, 4), seeds=0).shape == (2, 4)
+
+
+def test_a_table_beyond_float32():
+    with pytest.raises(fastddpm.FastDDPMError, match="allowed: numbers that float32 holds"):
+        solvers.ddpm(NoiseSchedule.from_betas([0.5] * 1000))
+
+
 def test_no_gradient_is_kept():
     weight = torch.ones(1, requires_grad=True)
     assert not Sampler(lambda x, t: weight * x, SHORT).sample((1, 4), seeds=0).requires_grad
@@ -250,8 +286,9 @@ def test_bad_arguments_are_refused_before_the_model_runs(arguments, words):
     def model(x, t):
         raise AssertionError("the model ran")
 
-    with pytest.raises(InputError, match=words):
-        Sampler(model, SHORT).sample(arguments.pop("shape"), **arguments)
+    for refused in (Sampler(model, SHORT).sample, Sampler(model, SHORT).trace):  # trace too when it is called
+        with pytest.raises(InputError, match=words):
+            refused(**arguments)
 
 
 @pytest.mark.parametrize(
@@ -261,7 +298,9 @@ def test_bad_arguments_are_refused_before_the_model_runs(arguments, words):
         (dict(table=[1]), "needed: a StepTable"),
         (dict(graph="always"), "allowed: 'auto'"),
         (dict(state_dtype=torch.float16), "state_dtype is torch.float16"),
+        (dict(graph=0), "allowed: 'auto'"),
         (dict(batch_size=0), "batch_size is 0"),
+        (dict(batch_size=2.5), "batch_size is 2.5"),
         (dict(dtype=torch.int32), "floating-point"),
         (dict(model=torch.nn.Linear(2, 2), dtype=torch.bfloat16), "parameters are torch.float32"),
     ],

@@ -23,8 +23,8 @@ class StepTable:
         rows: float64 [num_rows, len(COLUMNS)], read-only, without the identity row.
 
     Raises:
-        ConfigError: where a value isn't finite (`clip` may be infinite), `clip` isn't positive, `step` doesn't count
-            0, 1, 2 ..., or `advance` isn't 1.
+        ConfigError: where a value isn't finite in float32 (`clip` may be infinite), `clip` isn't positive, `step`
+            doesn't count 0, 1, 2 ..., or `advance` isn't 1.
     """
 
     rows: Floats
@@ -33,13 +33,15 @@ class StepTable:
         rows = np.array(self.rows, dtype=np.float64)
         if rows.ndim != 2 or rows.shape[0] < 1 or rows.shape[1] != len(COLUMNS):
             raise ConfigError(f"a step table has shape [rows, {len(COLUMNS)}] and a row at least; given: {rows.shape}")
-        bad = ~np.isfinite(rows)
+        bad = ~(np.abs(rows) <= np.finfo(np.float32).max)  # it is float32 on the device
         bad[:, CLIP] = ~(rows[:, CLIP] > 0)
         bad[:, STEP] |= rows[:, STEP] != np.arange(len(rows))
         bad[:, ADVANCE] |= rows[:, ADVANCE] != 1
         if bad.any():
             row, column = np.argwhere(bad)[0]
-            allowed = {CLIP: "above 0", STEP: "the row's number", ADVANCE: "1"}.get(int(column), "finite numbers")
+            allowed = {CLIP: "above 0", STEP: "the row's number", ADVANCE: "1"}.get(
+                int(column), "numbers that float32 holds"
+            )
             raise ConfigError(
                 f"step table: {COLUMNS[column]} of row {row} is {rows[row, column]:g}; allowed: {allowed}"
             )

@@ -44,9 +44,13 @@ def normal(seeds: Tensor, shape: Sequence[int], *, step: int = 0, stream: int = 
     """
     _check_index("seeds", seeds, seeds.shape[0] if seeds.ndim else 0, (torch.int64,))
     _check(all(s >= 1 for s in shape), f"shape is {tuple(shape)}; every size must be at least 1")
+    _check_counter(step, stream)
+    return torch.ops.fastddpm.normal(seeds, list(shape), step, stream)
+
+
+def _check_counter(step: int, stream: int) -> None:
     _check(0 <= step < 2**31, f"step is {step}; needed: 0 ... 2^31 - 1")
     _check(0 <= stream <= 3, f"stream is {stream}; needed: 0 ... 3")
-    return torch.ops.fastddpm.normal(seeds, list(shape), step, stream)
 
 
 def add_noise(x0: Tensor, noise: Tensor, t: Tensor, table: Tensor) -> Tensor:
@@ -80,7 +84,8 @@ def q_sample(
         noise: given noise, like x0; then seeds, step and stream are not used.
 
     Returns:
-        (x_t, noise), both contiguous in x0's dtype. The arithmetic is float32; x_t is made from the unrounded noise.
+        (x_t, noise), both in x0's dtype; `noise` is the given one where it was given. The arithmetic is float32; x_t is
+        made from the unrounded noise.
         Differentiable in x0.
 
     Raises:
@@ -90,6 +95,7 @@ def q_sample(
         return add_noise(x0, noise, t, table), noise
     _check_q_sample(x0, t, table)
     _check_index("seeds", seeds, x0.shape[0], (torch.int64,))
+    _check_counter(step, stream)
     return torch.ops.fastddpm.q_sample(x0, t, table, seeds, step, stream)
 
 
@@ -163,11 +169,24 @@ def reverse_step_(
     """
     _check_reverse_step(x, model_output, table, cursor, seeds, h1, h2)
     _check_index("nonfinite", nonfinite, x.shape[0], (torch.int32,))
-    for name, buffer in (("x", x), ("h1", h1), ("h2", h2), ("x0", x0)):
+    for name, buffer in (("x", x), ("h1", h1), ("h2", h2), ("x0", x0), ("nonfinite", nonfinite)):
         _check(buffer is None or buffer.is_contiguous(), f"{name} is not contiguous; it is written in place")
+    for name, like in (("x0", x0), ("model_input", model_input)):
+        if like is not None:
+            _check_like(name, like, x)
+    _check(x0 is None or x0.dtype == x.dtype, f"x0 and x differ in dtype; x is {x.dtype}")
+    if model_input is not None:
+        last = model_input.ndim == 4 and model_input.is_contiguous(memory_format=torch.channels_last)
+        _check(model_input.is_floating_point(), f"model_input is {model_input.dtype}; needed: a float dtype")
+        _check(model_input.is_contiguous() or last, "model_input is written in place; make it contiguous")
     torch.ops.fastddpm.reverse_step_(
         x, model_output, table, cursor, seeds, h1, h2, model_input, x0, nonfinite, limited, noise
     )
+
+
+def _check_like(name: str, like: Tensor, x: Tensor) -> None:
+    _check(like.shape == x.shape, f"{name} has shape {tuple(like.shape)}; x has {tuple(x.shape)}")
+    _check(like.device == x.device, f"{name} is on {like.device}; x is on {x.device}")
 
 
 def _check_reverse_step(
@@ -183,21 +202,25 @@ def _check_reverse_step(
     _check(x.dtype == torch.float32 or exact, f"x is {x.dtype}; the state is float32 (float64 on the CPU)")
     for name, like in (("model_output", model_output), ("h1", h1), ("h2", h2)):
         if like is not None:
-            _check(like.shape == x.shape, f"{name} has shape {tuple(like.shape)}; x has {tuple(x.shape)}")
-            _check(like.device == x.device, f"{name} is on {like.device}; x is on {x.device}")
+            _check_like(name, like, x)
+            _check(name == "model_output" or like.dtype == x.dtype, f"{name} is {like.dtype}; x is {x.dtype}")
     _check(model_output.dtype in FLOATS or exact, f"model_output is {model_output.dtype}; needed: {FLOATS}")
     _check(h2 is None or h1 is not None, "h2 is given without h1")
+    _check_table(table, x.dtype, x.device)
+    _check_index("cursor", cursor, x.shape[0], (torch.int32,))
+    _check_index("seeds", seeds, x.shape[0], (torch.int64,))
+
+
+def _check_table(table: Tensor, dtype: torch.dtype, device: torch.device) -> None:
     _check(
         table.ndim == 2
         and table.shape[1] == len(col.COLUMNS)
-        and table.dtype == x.dtype
+        and table.dtype == dtype
         and table.is_contiguous()
-        and table.device == x.device,
-        f"table is {table.dtype} {tuple(table.shape)} on {table.device}; needed: {x.dtype} "
-        f"[rows, {len(col.COLUMNS)}] on {x.device}, contiguous",
+        and table.device == device,
+        f"table is {table.dtype} {tuple(table.shape)} on {table.device}; needed: {dtype} "
+        f"[rows, {len(col.COLUMNS)}] on {device}, contiguous",
     )
-    _check_index("cursor", cursor, x.shape[0], (torch.int32,))
-    _check_index("seeds", seeds, x.shape[0], (torch.int64,))
 
 
 def advance_(cursor: Tensor, t: Tensor, table: Tensor) -> None:
@@ -207,4 +230,6 @@ def advance_(cursor: Tensor, t: Tensor, table: Tensor) -> None:
     """
     _check_index("cursor", cursor, cursor.shape[0], (torch.int32,))
     _check(t.shape == cursor.shape, f"t has shape {tuple(t.shape)}; cursor has {tuple(cursor.shape)}")
+    _check(cursor.is_contiguous() and t.is_contiguous(), "cursor and t are written in place; make them contiguous")
+    _check_table(table, table.dtype, cursor.device)
     torch.ops.fastddpm.advance_(cursor, t, table)

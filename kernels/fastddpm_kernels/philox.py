@@ -91,6 +91,8 @@ def normal_kernel(
 
 def launch_normal(out: torch.Tensor, seeds: torch.Tensor, *, step: int, stream: int, block: int = 512) -> None:
     """Fill `out`, float32 [B, ...] contiguous, with the noise of `seeds`, int64 [B]."""
+    if out.numel() == 0:
+        return
     n = out[0].numel()
     q = const.chunk(n)
     normal_kernel[grid(out.shape[0], q, block)](

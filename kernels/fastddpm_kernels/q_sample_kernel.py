@@ -36,7 +36,7 @@ def q_sample_kernel(
         z = load4(noise_ptr + base, lane, n, q)
     for k in tl.static_range(4):
         e, inside = element(lane, k, n, q)
-        tl.store(out_ptr + base + e, a * x0[k] + b * z[k], inside)
+        tl.store(out_ptr + base + e, tl.fma(b, z[k], a * x0[k]), inside)
         if DRAW:
             tl.store(noise_ptr + base + e, z[k], inside)
 
@@ -57,6 +57,8 @@ def launch_q_sample(
 
     All of `x0`, `noise`, `out` are [B, ...], contiguous, float32, bfloat16 or float16; the arithmetic is float32.
     """
+    if x0.numel() == 0:
+        return
     n = x0[0].numel()
     q = const.chunk(n)
     q_sample_kernel[grid(x0.shape[0], q, block)](

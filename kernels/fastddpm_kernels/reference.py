@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,15 +19,14 @@ from . import constants as const
 
 def philox4x32(
     counter: Sequence[Tensor | int], key: Sequence[Tensor | int], rounds: int = const.PHILOX_ROUNDS
-) -> tuple[Tensor, ...]:
+) -> tuple[Any, ...]:
     """Philox4x32 (Salmon et al. 2011): four 32-bit words from a 128-bit counter and a 64-bit key.
 
     All words are int64 tensors (or ints) that hold 0 ... 2^32 - 1; they broadcast. The 64-bit products wrap in int64,
     and the mask after the shift takes the sign's copies away, so every bit is that of unsigned arithmetic.
     """
     mask = 0xFFFFFFFF
-    c0, c1, c2, c3 = (torch.as_tensor(c) for c in counter)
-    k0, k1 = (torch.as_tensor(k) for k in key)
+    (c0, c1, c2, c3), (k0, k1) = counter, key
     for _ in range(rounds):
         p0, p1 = c0 * const.PHILOX_M0, c2 * const.PHILOX_M1
         c0, c1, c2, c3 = ((p1 >> 32) & mask) ^ c1 ^ k0, p1 & mask, ((p0 >> 32) & mask) ^ c3 ^ k1, p0 & mask
@@ -123,6 +122,8 @@ def reverse_step(
     noise: Tensor | None = None,
     h1: Tensor | None = None,
     h2: Tensor | None = None,
+    *,
+    limited: bool = True,
 ) -> Step:
     """Apply to each sample the table's row that its cursor is at; `columns` has the formulas.
 
@@ -133,6 +134,7 @@ def reverse_step(
         cursor: int32 or int64 [B].
         noise: z, [B, ...]; None where the table adds none.
         h1, h2: predicted clean samples of the last row and of the one before; None where the table has no history.
+        limited: whether to clamp x0 to the rows' `clip`.
     """
     row = table[cursor.long()]
 
@@ -142,9 +144,12 @@ def reverse_step(
     m = model_output.to(x.dtype)
     x0 = c(col.X0_X) * x + c(col.X0_M) * m
     finite = torch.isfinite(x0).flatten(1).all(dim=1)
-    x0 = torch.clamp(x0, -c(col.CLIP), c(col.CLIP))  # torch's clamp keeps NaN
+    if limited:
+        x0 = torch.clamp(x0, -c(col.CLIP), c(col.CLIP))  # torch's clamp keeps NaN
     out = c(col.X_X) * x + c(col.X_X0) * x0 + c(col.X_M) * m
     for index, term in ((col.X_H1, h1), (col.X_H2, h2), (col.X_Z, noise)):
         if term is not None:
             out = out + c(index) * term
-    return Step(out, x0, finite)
+    moving = row[:, col.ADVANCE] != 0  # at an identity row the sample stays, whatever the model says of it
+    out = torch.where(moving.reshape(-1, *[1] * (x.ndim - 1)), out, x)
+    return Step(out, x0, finite | ~moving)

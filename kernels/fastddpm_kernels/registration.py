@@ -55,7 +55,7 @@ def _reverse_step_cpu(
     noise: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     z = _step_noise(x, table, cursor, seeds) if noise else None
-    made = reference.reverse_step(x, model_output, table, cursor, z, h1, h2)
+    made = reference.reverse_step(x, model_output, table, cursor, z, h1, h2, limited=limited)
     step = table[cursor.long(), col.STEP].int()
     return made.x, made.x0, torch.where(made.finite, 0, step + 1)
 
@@ -123,9 +123,13 @@ def _q_sample_cuda(
 
 
 def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
-    """Triton launches on the current device, which may not be the tensors'."""
+    """Triton launches on the current device, which may not be the tensors', and takes a vector's elements as adjacent.
+
+    The vectors that are read are t, seeds and cursor, often made by ``expand``; those that are written `ops` checks.
+    """
 
     def guarded(*args: Any) -> Any:
+        args = tuple(a.contiguous() if isinstance(a, Tensor) and a.ndim == 1 else a for a in args)
         with torch.cuda.device_of(args[0]):
             return launch(*args)
 
