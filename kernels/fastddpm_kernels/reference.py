@@ -141,7 +141,8 @@ def reverse_step(
     def c(index: int) -> Tensor:
         return row[:, index].reshape(-1, *[1] * (x.ndim - 1))
 
-    m = model_output.to(x.dtype)
+    moving = c(col.ADVANCE) != 0  # at an identity row the sample stays, whatever the model says of it
+    m = torch.where(moving, model_output.to(x.dtype), 0.0)
     x0 = c(col.X0_X) * x + c(col.X0_M) * m
     finite = torch.isfinite(x0).flatten(1).all(dim=1)
     if limited:
@@ -150,6 +151,4 @@ def reverse_step(
     for index, term in ((col.X_H1, h1), (col.X_H2, h2), (col.X_Z, noise)):
         if term is not None:
             out = out + c(index) * term
-    moving = row[:, col.ADVANCE] != 0  # at an identity row the sample stays, whatever the model says of it
-    out = torch.where(moving.reshape(-1, *[1] * (x.ndim - 1)), out, x)
-    return Step(out, x0, finite | ~moving)
+    return Step(out, x0, finite)

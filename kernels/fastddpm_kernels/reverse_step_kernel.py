@@ -89,7 +89,7 @@ def reverse_step_kernel(
             tl.store(x0_ptr + base + e, x0, inside)
         if WRITE_INPUT:
             tl.store(input_ptr + base + in_memory(e, PLANE, CHANNELS), c_in * out, inside)
-    tl.store(nonfinite_ptr + sample + tl.zeros_like(lane), step + 1, clean & moving & (check != 0.0))
+    tl.store(nonfinite_ptr + sample + tl.zeros_like(lane), step + 1, clean & (check != 0.0))
 
 
 def launch_reverse_step(
