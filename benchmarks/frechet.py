@@ -136,7 +136,8 @@ def make_samples(arguments: argparse.Namespace) -> Tensor:
     device = runtime.choose_device("auto")
     request = Request(weights=Path(arguments.weights), num=arguments.num, seed=arguments.seed, batch=arguments.batch)
     unet = load(request.folder, device, runtime.choose_dtype("auto", device))
-    table = SchedulerConfig.from_folder(request.folder).table(arguments.solver, arguments.steps)
+    options = {} if arguments.eta is None else {"eta": arguments.eta}
+    table = SchedulerConfig.from_folder(request.folder).table(arguments.solver, arguments.steps, **options)
     sampler = Sampler(unet, table, batch_size=request.batch_size, device=device)
     labels = class_labels(request, unet)
     given = {} if labels is None else {"class_labels": labels}
@@ -188,6 +189,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num", type=int, default=2000, help="samples, and real images of each kind (2000)")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--solver", default="ddim")
+    parser.add_argument("--eta", type=float, help="noise of ddim (0)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=100)
     parser.add_argument("--data", default=str(CACHE / "fashion-mnist"), help="folder of Fashion-MNIST's idx files")
