@@ -69,20 +69,30 @@ def write_atomically(path: Path, data: bytes) -> None:
 
     Makes the folders above it. A file that is there is replaced, or, where anything fails, left as it was.
     """
-    temporary = None
+    write_all_atomically({path: data})
+
+
+def write_all_atomically(files: Mapping[Path, bytes]) -> None:
+    """`write_atomically` for several files: all data is on disk before the first of them gets its name."""
+    staged: dict[Path, Path] = {}
+    mask = os.umask(0)  # there is no other way to read it
+    os.umask(mask)
+    path = Path()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name[:64]}.", delete=False) as file:
-            temporary = Path(file.name)
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
+        for path, data in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name[:64]}.", delete=False) as file:
+                staged[path] = Path(file.name)
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            staged[path].chmod(0o666 & ~mask)
+        for path, temporary in staged.items():
+            temporary.replace(path)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise OutputError(f"can't write {path}: {_reason(error)}") from error
     finally:
-        if temporary is not None:
+        for temporary in staged.values():
             temporary.unlink(missing_ok=True)
 
 

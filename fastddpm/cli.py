@@ -83,7 +83,7 @@ def _in_one_line(error: Exception) -> tuple[str, int]:
     if isinstance(error, FastDDPMError):
         return text, error.exit_code
     if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
-        return "there is not enough memory to sample so many at once; use a smaller --batch", DeviceError.exit_code
+        return "there is not enough memory for so many at once; use a smaller batch", DeviceError.exit_code
     return f"{type(error).__name__}: {text} (not expected: --debug shows where, please report it)", 1
 
 

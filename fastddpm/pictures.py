@@ -121,7 +121,7 @@ def encode_png(image: Image, text: Mapping[str, object]) -> bytes:
 
     info = PngInfo()
     for name, value in text.items():
-        info.add_text(name, str(value))  # iTXt where it is not Latin-1
+        info.add_text(name, str(value).encode(errors="replace").decode())  # iTXt where it is not Latin-1
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", pnginfo=info, optimize=True)
     return buffer.getvalue()

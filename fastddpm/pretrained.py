@@ -6,6 +6,7 @@ The folder has diffusers' layout: a UNet's ``config.json`` and ``diffusion_pytor
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ DEFAULT = SHIPPED / "fashion-mnist"
 
 # Fields of diffusers' schedulers for which fastddpm has one value; the others have no effect on the two solvers.
 _FIXED = {"thresholding": False, "steps_offset": 0, "set_alpha_to_one": True}
+_SCHEDULERS = ("DDPMScheduler", "DDIMScheduler")
 _VARIANCES = {  # diffusers' name -> ours; its fixed_small_log is fixed_small, computed by way of the logarithm
     "fixed_small": "fixed_small",
     "fixed_small_log": "fixed_small",
@@ -46,7 +48,16 @@ class SchedulerConfig:
 
     @classmethod
     def from_diffusers(cls, config: Mapping[str, Any]) -> SchedulerConfig:
-        """Read diffusers' fields, with diffusers' defaults. Raises `ConfigError` for what can't be sampled here."""
+        """Read the fields of diffusers' DDPM and DDIM schedulers, with their defaults.
+
+        Raises `ConfigError` for what can't be sampled here, another scheduler's config among it: its defaults, or the
+        very process, are others.
+        """
+        kind = config.get("_class_name", "DDPMScheduler")
+        if kind not in _SCHEDULERS:
+            raise ConfigError(
+                f"scheduler config: _class_name is {kind!r}; allowed: {', '.join(map(repr, _SCHEDULERS))}"
+            )
         for name, only in _FIXED.items():
             if config.get(name, only) != only:
                 raise ConfigError(f"scheduler config: {name} is {config[name]!r}; fastddpm has {only!r} alone")
@@ -97,10 +108,24 @@ class SchedulerConfig:
 def find_scheduler_config(folder: Path) -> Path | None:
     """The ``scheduler_config.json`` that belongs to a weights folder, or None."""
     for place in (folder / SCHEDULER_NAME, folder / "scheduler" / SCHEDULER_NAME):
-        if place.is_file():
+        if os.path.isfile(place):
             return place
+    folder = Path(os.path.realpath(folder))
     beside = folder.parent / "scheduler" / SCHEDULER_NAME  # of a pipeline whose unet/ was named
-    return beside if folder.name == "unet" and beside.is_file() else None
+    return beside if folder.name == "unet" and os.path.isfile(beside) else None
+
+
+def null_class(folder: Path, embeddings: int) -> int | None:
+    """Which of a UNet's class embeddings stands for "no class", or None: the config's ``_null_class``.
+
+    `fastddpm train` writes it; diffusers passes over keys that begin with an underscore. Raises `ConfigError` for one
+    that the UNet has not.
+    """
+    place = next((f for f in (folder, folder / "unet") if os.path.isfile(f / CONFIG_NAME)), folder)
+    null = read_json(place / CONFIG_NAME).get("_null_class")
+    if null is not None and (isinstance(null, bool) or null not in range(embeddings) or embeddings < 2):
+        raise ConfigError(f"UNet config: _null_class is {null!r}; allowed: none, or one of {embeddings} (at least 2)")
+    return null
 
 
 def shipped() -> tuple[str, ...]:

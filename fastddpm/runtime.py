@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 
 from .errors import DeviceError, InputError
@@ -13,9 +15,11 @@ def choose_device(name: str = "auto") -> torch.device:
     """The device called "cpu" or "cuda"; "auto": the GPU where there is one. Raises `DeviceError` where there isn't."""
     if name not in ("auto", "cpu", "cuda"):
         raise InputError(f"device is {name!r}; allowed: 'auto', 'cpu', 'cuda'")
-    there = torch.cuda.is_available()
+    triton = importlib.util.find_spec("triton") is not None  # it is on Linux alone
+    there = torch.cuda.is_available() and triton
     if name == "cuda" and not there:
-        raise DeviceError("the device is cuda, but torch finds no NVIDIA GPU; use the device cpu or auto")
+        lacking = "torch finds no NVIDIA GPU" if triton else "triton is not installed"
+        raise DeviceError(f"the device is cuda, but {lacking}; use the device cpu or auto")
     return torch.device("cuda" if there and name != "cpu" else "cpu")
 
 

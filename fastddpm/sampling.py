@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import tempfile
 import time
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import __version__
-from .checkpoint import write_atomically
+from .checkpoint import write_all_atomically
 from .errors import InputError, OutputError
-from .pretrained import DEFAULT, SchedulerConfig, find_scheduler_config
+from .pretrained import DEFAULT, SchedulerConfig, find_scheduler_config, null_class
 from .seeds import check_seed
 
 if TYPE_CHECKING:
@@ -69,7 +67,7 @@ class Request:
         check_writable("--out", self.out)
         if self.trace is not None:
             check_writable("--trace", self.trace)
-            if self.trace.resolve() == self.out.resolve():
+            if os.path.realpath(self.trace) == os.path.realpath(self.out):
                 raise InputError(f"--out and --trace are both {self.out}; give them two names")
 
 
@@ -77,10 +75,16 @@ def check_writable(option: str, path: Path) -> None:
     """Raise `InputError` unless `path` is a .png, `OutputError` unless its folder is there and can be written to."""
     if path.suffix.lower() != ".png":
         raise InputError(f"{option} is {path}; its name must end in .png")
-    if path.is_dir():
+    if os.path.isdir(path):  # pathlib's own raises where it may not look, or the name is too long
         raise OutputError(f"{option}: {path} is a folder; give the name of a file")
-    if not path.parent.exists():
+    if not os.path.isdir(path.parent):
         raise OutputError(f"{option}: there is no folder {path.parent} to write {path.name} in")
+    try:
+        os.lstat(path)  # too long a name is found here
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise OutputError(f"{option}: can't write {path.name[:40]}... ({error.strerror or error})") from error
     try:
         with tempfile.TemporaryFile(dir=path.parent):
             pass
@@ -114,11 +118,12 @@ def run(request: Request, *, progress: bool = False) -> dict[str, Any]:
     if find_scheduler_config(request.folder) is None:
         notes.append(f"{request.folder} has no scheduler_config.json; the schedule is Ho et al.'s, linear")
 
-    text = described(request)
+    text = described(request, device, dtype)
     files = {request.out: pictures.encode_png(pictures.grid(samples), text)}
     if request.trace is not None:
-        files[request.trace] = pictures.encode_png(traced(sampler, request, table, shape, labels), text)
-    write_all(files)
+        strip = traced(sampler, request, table, shape, labels, progress)
+        files[request.trace] = pictures.encode_png(strip, text)
+    write_all_atomically(files)
     return {
         "out": str(request.out),
         "trace": None if request.trace is None else str(request.trace),
@@ -163,7 +168,7 @@ def sample_shape(unet: UNet) -> tuple[int, int, int]:
 def class_labels(request: Request, unet: UNet) -> torch.Tensor | None:
     """int64 [num]: the one class asked for, or each in turn; None where the model has no classes.
 
-    The last of a model's class embeddings stands for "no class" and is never shown.
+    The embedding that stands for "no class" (`pretrained.null_class`) is not one of them.
     """
     import torch
 
@@ -172,11 +177,12 @@ def class_labels(request: Request, unet: UNet) -> torch.Tensor | None:
         if request.label is not None:
             raise InputError(f"--class is {request.label}, but the model in {request.folder} has no classes")
         return None
-    real = max(1, embeddings - 1)
+    null = null_class(request.folder, embeddings)
+    real = [c for c in range(embeddings) if c != null]
     if request.label is None:
-        return torch.arange(request.num) % real
-    if not 0 <= request.label < real:
-        raise InputError(f"--class is {request.label}; the model in {request.folder} has the classes 0 ... {real - 1}")
+        return torch.tensor(real)[torch.arange(request.num) % len(real)]
+    if request.label not in real:
+        raise InputError(f"--class is {request.label}; the model in {request.folder} has the classes 0 ... {real[-1]}")
     return torch.full((request.num,), request.label)
 
 
@@ -192,22 +198,29 @@ def timed_samples(
 
 
 def traced(
-    sampler: Sampler, request: Request, table: StepTable, shape: tuple[int, ...], labels: torch.Tensor | None
+    sampler: Sampler,
+    request: Request,
+    table: StepTable,
+    shape: tuple[int, ...],
+    labels: torch.Tensor | None,
+    progress: bool,
 ) -> Any:
     """The filmstrip of the first few samples, from the first step to the last.
 
-    Each has two rows: the state x, and below it the x_0 that the model sees in it.
+    Each has two rows: the state x, and below it the x_0 that the model sees in it. They are computed in a batch of the
+    grid's size, whose arithmetic is the grid's.
     """
     from . import pictures
 
-    n = min(request.num, TRACED)
+    n, batch = min(request.num, TRACED), min(request.num, request.batch_size)
     rows = table.num_rows
     moments = set(np.linspace(0, rows - 1, min(MOMENTS, rows)).round().astype(int).tolist())
     frames, captions = [], []
-    kwargs = _kwargs(None if labels is None else labels[:n])
-    for state in sampler.trace((n, *shape), seeds=request.seed, model_kwargs=kwargs):
+    n = min(n, batch)
+    kwargs = _kwargs(None if labels is None else labels[:batch])
+    for state in sampler.trace((batch, *shape), seeds=request.seed, model_kwargs=kwargs, progress=progress):
         if state.step in moments:
-            pairs = np.stack([state.x.cpu().numpy(), state.x0.cpu().numpy()], axis=1)  # [n, 2, C, H, W]
+            pairs = np.stack([state.x[:n].cpu().numpy(), state.x0[:n].cpu().numpy()], axis=1)  # [n, 2, C, H, W]
             frames.append(pairs.reshape(2 * n, *shape))
             captions.append(f"step {state.step + 1}")
     return pictures.filmstrip(frames, captions=captions)
@@ -217,28 +230,19 @@ def _kwargs(labels: torch.Tensor | None) -> dict[str, Any]:
     return {} if labels is None else {"class_labels": labels}
 
 
-def described(request: Request) -> dict[str, object]:
-    """The text chunks of the PNG files: enough to make the same pictures again."""
+def described(request: Request, device: torch.device, dtype: torch.dtype) -> dict[str, object]:
+    """The text chunks of the PNG files: what it takes to make the same pictures again."""
     text: dict[str, object] = {
         "Software": f"fastddpm {__version__}",
         "version": __version__,
         "seed": request.seed,
         "steps": request.steps,
         "solver": request.solver,
+        "num": request.num,
+        "batch": request.batch_size,
+        "device": device.type,
+        "dtype": str(dtype).removeprefix("torch."),
     }
-    optional = {"eta": request.eta, "class": request.label, "weights": request.weights and request.weights.name}
+    weights = None if request.weights is None else request.weights.resolve().name
+    optional = {"eta": request.eta, "class": request.label, "weights": weights}
     return text | {name: value for name, value in optional.items() if value is not None}
-
-
-def write_all(files: Mapping[Path, bytes]) -> None:
-    """Write all files, each atomically, or none: where one can't be written, those before it are taken away again."""
-    written: list[Path] = []
-    try:
-        for path, data in files.items():
-            write_atomically(path, data)
-            written.append(path)
-    except OutputError:
-        for path in written:
-            with contextlib.suppress(OSError):
-                os.unlink(path)
-        raise

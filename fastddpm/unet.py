@@ -194,7 +194,7 @@ class MiddleLevel(nn.Module):
 
 
 class UNet(nn.Module):
-    """The epsilon-model of DDPM: ``model(x, t, class_labels=None) -> eps``.
+    """The model of DDPM: ``model(x, t, class_labels=None)`` predicts the noise in x, or v or x_0 if it was so trained.
 
     Takes a `UNetConfig` or its fields as keywords; they have the names and the defaults of
     diffusers' ``UNet2DModel``. Raises `ConfigError` for a value that it does not allow.
@@ -313,7 +313,7 @@ class UNet(nn.Module):
         return F.silu(emb)
 
     def forward(self, x: Tensor, t: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
-        """Predict the noise in `x`.
+        """Predict the noise in `x` (or v, or x_0: what it was trained for).
 
         Args:
             x: noisy samples [B, C, H, W], in the dtype of the weights.

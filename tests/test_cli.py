@@ -15,8 +15,8 @@ from click.testing import CliRunner
 from PIL import Image
 
 import fastddpm
-from fastddpm import cli, pictures, sampling, solvers
-from fastddpm.errors import InputError, OutputError
+from fastddpm import checkpoint, cli, pictures, sampling, solvers
+from fastddpm.errors import InputError
 from fastddpm.sampling import Request, class_labels
 from fastddpm.schedule import NoiseSchedule
 
@@ -49,6 +49,10 @@ def models(tmp_path_factory):
     """Folders of small random networks, by name."""
     root = tmp_path_factory.mktemp("models")
     save_model(root / "classes", num_class_embeds=CLASSES + 1)
+    config = json.loads((root / "classes" / "config.json").read_text())
+    (root / "classes" / "config.json").write_text(json.dumps(config | {"_null_class": CLASSES}))
+    save_model(root / "foreign-classes", num_class_embeds=CLASSES)
+    save_model(root / "flow", scheduler={"_class_name": "FlowMatchEulerDiscreteScheduler"})
     save_model(root / "colour", in_channels=3, out_channels=3)
     save_model(root / "bare", scheduler=None)
     save_model(root / "sizeless", sample_size=None)
@@ -112,6 +116,10 @@ def test_it_says_where_it_wrote_how_long_it_took_and_on_what(models, here):
         "steps": "5",
         "solver": "ddim",
         "weights": "classes",
+        "num": "4",
+        "batch": "4",
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "dtype": "float32",
     }
 
 
@@ -191,8 +199,10 @@ def test_large_numbers_are_computed_in_equal_batches():
 
 def test_without_class_each_is_shown_in_turn_and_never_the_null_class(models):
     unet = fastddpm.UNet.from_pretrained(models / "classes")
-    assert class_labels(Request(num=7), unet).tolist() == [0, 1, 2, 0, 1, 2, 0]
-    assert class_labels(Request(num=2, label=2), unet).tolist() == [2, 2]
+    assert class_labels(Request(num=7, weights=models / "classes"), unet).tolist() == [0, 1, 2, 0, 1, 2, 0]
+    assert class_labels(Request(num=2, label=2, weights=models / "classes"), unet).tolist() == [2, 2]
+    foreign = fastddpm.UNet.from_pretrained(models / "foreign-classes")  # no null class: all are real
+    assert class_labels(Request(num=4, weights=models / "foreign-classes"), foreign).tolist() == [0, 1, 2, 0]
     assert class_labels(Request(), fastddpm.UNet.from_pretrained(models / "colour")) is None
 
 
@@ -239,12 +249,15 @@ WRONG = {
     "stray word": (["extra"], 2, "unexpected extra argument"),
     "dtype": (["--dtype", "int8"], 2, "Invalid value for '--dtype'"),
     "out's folder": (["--out", "no/such/x.png"], 5, r"--out: there is no folder no/such"),
-    "out's folder is a file": (["--out", f"{__file__}/x.png"], 5, "--out: can't write in the folder"),
+    "out's folder is a file": (["--out", f"{__file__}/x.png"], 5, "--out: there is no folder"),
     "out a folder": (["--out", "folder.png"], 5, "--out: folder.png is a folder"),
     "out with another end": (["--out", "x.jpg"], 2, r"--out is x.jpg; its name must end in .png"),
     "trace's folder": (["--trace", "no/x.png"], 5, "--trace: there is no folder no"),
     "trace with another end": (["--trace", "film.gif"], 2, "--trace is film.gif"),
     "trace is out": (["--trace", "./samples.png"], 2, "--out and --trace are both samples.png"),
+    "too long a name": (["--out", "x" * 300 + ".png"], 5, "--out: can't write x.*name too long"),
+    "too long a folder": (["--weights", "x" * 260], 3, "no such folder"),
+    "another scheduler": (["--weights", "MODELS/flow"], 2, "_class_name is 'FlowMatchEulerDiscreteScheduler'"),
     "no weights": (["--weights", "nowhere"], 3, "nowhere: no such folder"),
     "empty folder": (["--weights", "MODELS/empty"], 3, "holds no UNet"),
     "foreign scheduler": (["--weights", "MODELS/broken-json"], 3, "NaN is not JSON"),
@@ -281,17 +294,15 @@ def test_outputs_are_checked_before_anything_is_loaded(models, here, monkeypatch
 
 
 def test_where_the_filmstrip_fails_the_grid_is_taken_back(models, here, monkeypatch):
-    write = sampling.write_atomically
-
-    def full(path, data):
-        if path.name == "film.png":
-            raise OutputError("can't write film.png: No space left on device")
-        write(path, data)
-
-    monkeypatch.setattr(sampling, "write_atomically", full)
+    """And a grid that was there before stays."""
+    syncs = iter([lambda: None, lambda: os.stat("/dev/full/none")])
+    monkeypatch.setattr(checkpoint.os, "fsync", lambda _: next(syncs)())
+    Path("samples.png").write_text("old")
     done = sample(models, "--trace", "film.png")
-    assert (done.exit_code, done.stderr) == (5, "error: can't write film.png: No space left on device\n")
-    assert os.listdir(here) == []
+    assert done.exit_code == 5
+    assert done.stderr.startswith("error: can't write film.png: ")
+    assert os.listdir(here) == ["samples.png"]
+    assert Path("samples.png").read_text() == "old"
 
 
 def test_ctrl_c_ends_with_130_and_one_line(models, here, monkeypatch):
