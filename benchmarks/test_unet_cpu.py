@@ -15,21 +15,9 @@ from measure import Interleaved, machine, table
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
+from fastddpm.pretrained import DEFAULT
 from fastddpm.unet import UNet
-from fastddpm.unet_config import UNetConfig
 
-SHIPPED = UNetConfig(
-    sample_size=32,
-    in_channels=1,
-    out_channels=1,
-    block_out_channels=(32, 48, 96, 160),
-    layers_per_block=1,
-    down_block_types=("DownBlock2D",) * 4,
-    up_block_types=("UpBlock2D",) * 4,
-    norm_num_groups=8,
-    attention_head_dim=None,
-    num_class_embeds=11,
-)
 BATCH, ROUNDS = 16, 21
 FLOAT32_BOUND = 1e-5  # greatest absolute difference from diffusers in float32; the output's own size is about 1
 BFLOAT16_BOUND = 5e-2  # 8 bits of significand through 20 layers; measured: 1.7e-2
@@ -39,13 +27,13 @@ PEERS = ("diffusers float32", "diffusers float32 channels_last")
 def contenders() -> dict[str, Callable[[], Tensor]]:
     """The forwards, all with the same weights and the same input."""
     torch.manual_seed(0)
-    theirs = UNet2DModel(**{k: v for k, v in SHIPPED.to_diffusers().items() if k[0] != "_"}).eval()
+    theirs = UNet2DModel.from_pretrained(DEFAULT, torch_dtype=torch.float32)
     x, t, labels = torch.randn(BATCH, 1, 32, 32), torch.randint(0, 1000, (BATCH,)), torch.arange(BATCH) % 11
 
     def made(
         kind: type[UNet] | type[UNet2DModel], dtype: torch.dtype, layout: torch.memory_format
     ) -> Callable[[], Tensor]:
-        net = UNet(SHIPPED) if kind is UNet else UNet2DModel(**dict(theirs.config))
+        net = UNet.from_pretrained(DEFAULT) if kind is UNet else UNet2DModel(**dict(theirs.config))
         net.load_state_dict(theirs.state_dict())
         net = net.eval().to(dtype=dtype, memory_format=layout)
         given = x.to(dtype=dtype, memory_format=layout)

@@ -118,7 +118,7 @@ def test_it_says_where_it_wrote_how_long_it_took_and_on_what(models, here):
         "weights": "classes",
         "num": "4",
         "batch": "4",
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "device": "cpu",
         "dtype": "float32",
     }
 
