@@ -336,7 +336,7 @@ def test_damaged_state_is_refused(tmp_path: Path, damage: bytes | None) -> None:
 def test_a_failed_save_leaves_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A full disk at any of the writes: OutputError, and the run goes on from what was saved before."""
     train_steps(tmp_path / "whole", 6)
-    for broken in range(3):
+    for broken in range(6):  # state, two of the weights, the null class, schedule, losses
         folder = tmp_path / f"run{broken}"
         train_steps(folder, 6, stop_at=2)
         calls = iter(range(99))
@@ -371,10 +371,29 @@ def test_nan_is_named_and_not_saved(tmp_path: Path) -> None:
 
 
 def test_partial_files_are_cleared(tmp_path: Path) -> None:
-    train_steps(tmp_path / "run", 2)
-    (tmp_path / "run" / f".{WEIGHTS}.abc").write_bytes(b"cut")
+    """A temporary file of every file that a run writes; but nobody else's."""
+    made = train_steps(tmp_path / "run", 2)
+    made.log.rows.append((100, 1.0, 1e-3, 1.0))
+    run_module.write_loss_curve(made)  # where matplotlib is installed
+    for name in [p.name for p in (tmp_path / "run").iterdir()]:
+        (tmp_path / "run" / f".{name}.k3x_9abc").write_bytes(b"cut")
+    (tmp_path / "run" / ".notes.txt").write_text("mine")
     Run(tmp_path / "run", trainer(), bars())
-    assert not list((tmp_path / "run").glob(".*"))
+    assert [p.name for p in (tmp_path / "run").glob(".*")] == [".notes.txt"]
+
+
+def test_null_class_is_recorded(tmp_path: Path) -> None:
+    """The class that dropped labels become stands in config.json, which both readers still take; else there is none."""
+    made = train_steps(tmp_path / "run", 1)
+    dropped = batches(bars(), 1, class_dropout=1)[0].labels
+    assert dropped is not None
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["_null_class"] == int(dropped) == 4
+    assert UNet.from_pretrained(tmp_path / "run").config == made.trainer.master.config
+    plain = ImageSet(bars().images)
+    Run(tmp_path / "plain", trainer(data=plain), plain).save()
+    assert "_null_class" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+    diffusers = pytest.importorskip("diffusers")
+    assert diffusers.UNet2DModel.from_pretrained(tmp_path / "run").config.num_class_embeds == 5
 
 
 def test_budget() -> None:
@@ -423,6 +442,7 @@ def test_command_trains_and_goes_on(tmp_path: Path) -> None:
         (("--steps", "2", "--widths", "8,a"), 2, "whole numbers"),
         (("--steps", "2", "--widths", "3"), 2, "block_out_channels"),
         (("--steps", "2", "--out", "/dev/null/run"), 5, "/dev/null"),
+        (("--steps", "2", "--out", "a" * 300), 5, "File name too long"),
         (("--steps", "2", "--data", "/absent"), 2, "does not exist"),
     ],
 )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import signal
 import threading
 import time
@@ -23,12 +24,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
-from ..checkpoint import UNetConfig, read_json, write_atomically, write_json
+from ..checkpoint import CONFIG_NAME, WEIGHTS_NAME, UNetConfig, read_json, write_atomically, write_json
 from ..errors import CheckpointError, NonFiniteError, OutputError
 from .data import ImageSet
-from .trainer import Budget, TrainConfig, Trainer
+from .trainer import NULL_CLASSES, Budget, TrainConfig, Trainer
 
 IDENTITY, STATE, SCHEDULER = "training.json", "training_state.safetensors", "scheduler_config.json"
+LOSS_TABLE, LOSS_CURVE = "loss.csv", "loss.png"
+WRITTEN = (IDENTITY, STATE, SCHEDULER, CONFIG_NAME, WEIGHTS_NAME, LOSS_TABLE, LOSS_CURVE)  # all that a run writes
+NULL_CLASS = "_null_class"  # in config.json: the class of dropped labels; diffusers ignores keys with an underscore
 LOG_EVERY = 100  # steps a row of loss.csv
 
 
@@ -98,15 +102,17 @@ class Run:
             write_json(folder / IDENTITY, self.identity)
         else:
             self._check_same(resume)
-            if (folder / STATE).exists():
+            if os.path.exists(folder / STATE):
                 self._load()
         self._remove_partial_files()
 
     def _is_new(self) -> bool:
-        if self.folder.exists() and not self.folder.is_dir():
+        # os.path's answer is "no" where pathlib raises (no permission, name too long); writing then says why
+        there = os.path.exists(self.folder)
+        if there and not os.path.isdir(self.folder):
             raise OtherRunError(f"{self.folder} is a file; give a new directory")
         try:
-            held = {p.name for p in self.folder.iterdir()} if self.folder.exists() else set()
+            held = {p.name for p in self.folder.iterdir()} if there else set()
         except OSError as error:
             raise OutputError(f"can't read {self.folder}: {error.strerror}") from error
         held = {name for name in held if not name.startswith(".")}
@@ -144,13 +150,17 @@ class Run:
 
     def _remove_partial_files(self) -> None:
         """What a killed process left: temporary files of `write_atomically`, which nobody reads."""
-        for path in self.folder.glob(".*.*"):
-            if path.name.startswith((f".{IDENTITY}.", f".{STATE}.", ".diffusion_pytorch_model.", ".loss.")):
-                path.unlink(missing_ok=True)
+        try:
+            for path in self.folder.glob(".*.*"):
+                if path.name.startswith(tuple(f".{name}." for name in WRITTEN)):
+                    path.unlink(missing_ok=True)
+        except OSError as error:
+            raise OutputError(f"can't clear {self.folder} of partial files: {error.strerror}") from error
 
     def save(self) -> None:
         """Write state, weights (the moving average, float16), configs and loss.csv.
 
+        Where the network knows classes, config.json has "_null_class" too: the one that dropped labels became.
         Raises `OutputError`; `NonFiniteError` where a weight is NaN or beyond float16; nothing is written then.
         """
         log, weights = self.log, self.trainer.averaged()
@@ -165,8 +175,11 @@ class Run:
         text = json.dumps({**meta, "seconds": log.seconds})
         write_atomically(self.folder / STATE, save(self.trainer.state(), metadata={"run": text}))
         weights.save_pretrained(self.folder)
+        if (classes := weights.config.num_class_embeds) is not None:
+            config = read_json(self.folder / CONFIG_NAME)
+            write_json(self.folder / CONFIG_NAME, {**config, NULL_CLASS: classes - NULL_CLASSES})
         write_json(self.folder / SCHEDULER, scheduler_config(self.trainer))
-        write_atomically(self.folder / "loss.csv", log.csv())
+        write_atomically(self.folder / LOSS_TABLE, log.csv())
 
     def train(
         self,
@@ -224,8 +237,8 @@ def write_loss_curve(run: Run) -> Path | None:
     axes.set(xlabel="step", ylabel=f"loss (mean of {LOG_EVERY} steps)", yscale="log")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
-    write_atomically(run.folder / "loss.png", buffer.getvalue())
-    return run.folder / "loss.png"
+    write_atomically(run.folder / LOSS_CURVE, buffer.getvalue())
+    return run.folder / LOSS_CURVE
 
 
 @contextmanager
