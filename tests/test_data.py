@@ -1,7 +1,10 @@
 """Data sets: what is read is what was written, and what is damaged or no data set is refused with one clear line."""
 
 import gzip
+import io
+import lzma
 import struct
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fastddpm.errors import InputError
+from fastddpm.training import data as data_module
 from fastddpm.training.data import ImageSet, load_images, read_idx
 
 RNG = np.random.default_rng(0)
@@ -158,6 +162,71 @@ def test_npz_that_is_none(tmp_path: Path, data: bytes) -> None:
     refusal(tmp_path / "x.npz")
 
 
+def npy(array: np.ndarray) -> bytes:
+    """The bytes of a .npy file."""
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def zipped(data: bytes, method: int = zipfile.ZIP_STORED) -> bytearray:
+    """An archive with `data` as images.npy."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", method) as archive:
+        archive.writestr("images.npy", data)
+    return bytearray(buffer.getvalue())
+
+
+def encrypted() -> bytes:
+    """An archive that says that its member is encrypted (bit 0 of the flags, in both headers)."""
+    data = zipped(npy(IMAGES))
+    data[6] |= 1
+    data[data.index(b"PK\x01\x02") + 8] |= 1
+    return bytes(data)
+
+
+def broken_lzma() -> bytes:
+    data = zipped(npy(IMAGES), zipfile.ZIP_LZMA)
+    with pytest.raises(lzma.LZMAError), zipfile.ZipFile(io.BytesIO(_spoilt(data))) as archive:
+        archive.read("images.npy")
+    return bytes(_spoilt(data))
+
+
+def _spoilt(data: bytearray) -> bytearray:
+    start = 30 + len("images.npy")  # of the member's data: LZMA's version and properties
+    return data[: start + 4] + b"\xff" * 5 + data[start + 9 :]
+
+
+ENDLESS = npy(IMAGES).replace(b"(7, 5, 6), }", b"(%d,), }" % 2**60)
+
+
+@pytest.mark.parametrize(
+    "data, expected",
+    [
+        (npy(IMAGES), "can't be read as .npz: File is not a zip file"),
+        (zipped(b"no array at all"), "can't be read as .npz"),
+        (encrypted(), "encrypted"),
+        (broken_lzma(), "can't be read as .npz"),
+        (zipped(ENDLESS), "can't be read as .npz"),
+    ],
+    ids=["npy", "no npy inside", "encrypted", "lzma", "endless"],
+)
+def test_npz_that_is_foreign(tmp_path: Path, data: bytes, expected: str) -> None:
+    (tmp_path / "x.npz").write_bytes(data)
+    assert expected in refusal(tmp_path / "x.npz")
+
+
+def test_npz_is_weighed_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All members together: two of them that are each small enough are refused."""
+    np.savez_compressed(tmp_path / "x.npz", images=IMAGES, other=IMAGES)
+    size = len(npy(IMAGES))
+    monkeypatch.setattr(data_module, "MAX_BYTES", 2 * size)
+    assert len(load_images(tmp_path / "x.npz").images) == 7
+    monkeypatch.setattr(data_module, "MAX_BYTES", 2 * size - 1)
+    monkeypatch.setattr(np.lib.format, "read_array", None)  # nothing is unpacked
+    assert f"holds {2 * size} bytes" in refusal(tmp_path / "x.npz")
+
+
 def test_folder_of_pictures(tmp_path: Path) -> None:
     for i in range(3):
         Image.fromarray(IMAGES[i]).save(tmp_path / f"{i}.png")
@@ -183,6 +252,54 @@ def test_transparency_is_black(tmp_path: Path) -> None:
     rgba[:2, :, 3], rgba[2:, :, 3] = 0, 255
     Image.fromarray(rgba).save(tmp_path / "a.png")
     assert load_images(tmp_path).images[0, :, :, 0].tolist() == [[0, 0, 200, 200]] * 3
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "PA", "RGB", "RGBA", "CMYK", "YCbCr"])
+def test_modes_of_eight_bits(tmp_path: Path, mode: str) -> None:
+    Image.new("L", (6, 5), 255).convert(mode).save(tmp_path / "a.tif")
+    images = load_images(tmp_path).images
+    assert images.shape == (1, 1 if mode in ("1", "L") else 3, 5, 6)
+    assert images.min() >= 254
+
+
+@pytest.mark.parametrize("mode, name", [("I;16", "b.png"), ("I", "b.tif"), ("F", "b.tif")])
+def test_deep_pictures_are_refused(tmp_path: Path, mode: str, name: str) -> None:
+    Image.fromarray(IMAGES[0]).save(tmp_path / "a.png")
+    Image.new(mode, (6, 5), 4000).save(tmp_path / name)
+    message = refusal(tmp_path)
+    assert f"{name} has the pixel mode I" in message or f"{name} has the pixel mode F" in message
+    assert "give 8 bits a channel" in message
+
+
+def test_pictures_beside_classes_are_refused(tmp_path: Path) -> None:
+    for kind in ("ankle", "boot"):
+        (tmp_path / kind).mkdir()
+        Image.fromarray(IMAGES[0]).save(tmp_path / kind / "0.png")
+    Image.fromarray(IMAGES[0]).save(tmp_path / "stray.png")
+    assert "holds pictures (stray.png) beside a folder of pictures (ankle)" in refusal(tmp_path)
+    for kind in ("ankle", "boot"):
+        (tmp_path / kind / "0.png").unlink()
+    assert load_images(tmp_path).labels is None  # folders of other things are no classes
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "a" * 300 + ".npz", "a\0b"])
+def test_impossible_names(tmp_path: Path, name: str) -> None:
+    assert "can't be read" in refusal(tmp_path / name)
+
+
+def test_labels_whose_name_would_be_too_long(tmp_path: Path) -> None:
+    """Beside images with a name of 255 letters, the labels' with .gz would have 258: there are none."""
+    path = tmp_path / "images-idx3-ubyte".rjust(255, "x")
+    path.write_bytes(GOOD)
+    assert load_images(path).labels is None
+
+
+def test_unreadable_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_folder: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    assert refusal(tmp_path).endswith("can't be read: Permission denied")
 
 
 def test_bad_folders(tmp_path: Path) -> None:
@@ -218,6 +335,11 @@ def test_padding(shape: tuple[int, int], multiple: int, size: int | None, side: 
 def test_padding_that_does_not_fit(size: int) -> None:
     with pytest.raises(InputError, match="multiple of 4 of at least 8"):
         ImageSet(torch.zeros(1, 1, 5, 6, dtype=torch.uint8)).padded(4, size)
+
+
+def test_padding_beyond_memory() -> None:
+    with pytest.raises(InputError, match=f"1 images of 1 x {1 << 20} x {1 << 20} have {1 << 40} bytes; allowed"):
+        ImageSet(torch.zeros(1, 1, 5, 6, dtype=torch.uint8)).padded(4, 1 << 20)
 
 
 def test_fingerprint_sees_every_part() -> None:

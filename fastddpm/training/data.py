@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import math
+import os
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -29,8 +30,11 @@ if TYPE_CHECKING:
 MAX_BYTES = 1 << 33  # of one array: more than that does not belong in memory
 MAX_CLASSES = 65535
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+GREY_MODES = ("1", "L")
+MODES = (*GREY_MODES, "P", "LA", "PA", "RGB", "RGBA", "CMYK", "YCbCr")  # Pillow's, of at most 8 bits a channel
 TRAIN_IMAGES = "train-images-idx3-ubyte"
 FORMATS = "idx or idx.gz files, a folder of pictures, or an .npz with 'images' (and 'labels') or 'arr_0'"
+NPZ_IMAGES, NPZ_LABELS = ("images", "arr_0"), ("labels", "arr_1")
 
 
 @dataclass(frozen=True)
@@ -53,14 +57,20 @@ class ImageSet:
     def padded(self, multiple: int, size: int | None = None) -> ImageSet:
         """The images centred on a black square whose side is `size`, or else the next multiple of `multiple`.
 
-        Raises `InputError` where `size` is smaller than the images or no multiple of `multiple`.
+        Raises `InputError` where `size` is smaller than the images or no multiple of `multiple`, and where the
+        padded images would have more than `MAX_BYTES`.
         """
-        height, width = self.images.shape[2:]
+        n, channels, height, width = self.images.shape
         side = math.ceil(max(height, width) / multiple) * multiple if size is None else size
         if side % multiple or side < max(height, width):
             raise InputError(
                 f"size {side} does not fit images of {width} x {height}; give a multiple of {multiple} "
                 f"of at least {math.ceil(max(height, width) / multiple) * multiple}"
+            )
+        if n * channels * side**2 > MAX_BYTES:
+            raise InputError(
+                f"{n} images of {channels} x {side} x {side} have {n * channels * side**2} bytes; allowed: at most "
+                f"{MAX_BYTES}; give a smaller size, or fewer images"
             )
         left, top = (side - width) // 2, (side - height) // 2
         padding = (left, side - width - left, top, side - height - top)
@@ -86,13 +96,18 @@ def load_images(path: str | Path) -> ImageSet:
       ``labels`` (or ``arr_1``), whole numbers [N];
     - a folder of pictures of one size; where they lie in subfolders, these are the classes, in alphabetical order.
 
-    Raises `InputError` for anything else, and for a file that is damaged.
+    Pictures have at most 8 bits a channel. Raises `InputError` for anything else, and for a file that is damaged.
     """
     path = Path(path)
-    if not path.exists():
-        raise InputError(f"{path} does not exist; give {FORMATS}")
-    if path.is_dir():
-        found = (p for p in (path / TRAIN_IMAGES, path / f"{TRAIN_IMAGES}.gz") if p.is_file())
+    try:
+        path.stat()
+    except FileNotFoundError as error:
+        raise InputError(f"{path} does not exist; give {FORMATS}") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise InputError(f"{path} can't be read: {_first_line(error)}; give {FORMATS}") from error
+    # From here on os.path, whose answer is "no" where pathlib's is an exception
+    if os.path.isdir(path):
+        found = (p for p in (path / TRAIN_IMAGES, path / f"{TRAIN_IMAGES}.gz") if os.path.isfile(p))
         return _load_idx(p) if (p := next(found, None)) else _load_folder(path)
     if path.suffix == ".npz":
         return _load_npz(path)
@@ -136,27 +151,45 @@ def _load_idx(path: Path) -> ImageSet:
     if images.ndim != 3:
         raise InputError(f"{path} holds an array of {images.ndim} dimensions; images have 3: [N, H, W]")
     stem = path.name.removesuffix(".gz").replace("images-idx3", "labels-idx1").replace("images.idx3", "labels.idx1")
-    beside = [p for name in (stem, stem + ".gz") if (p := path.parent / name).is_file() and p != path]
+    beside = [p for name in (stem, stem + ".gz") if os.path.isfile(p := path.parent / name) and p != path]
     return _image_set(path, images, read_idx(beside[0]) if stem not in path.name and beside else None)
 
 
 def _load_npz(path: Path) -> ImageSet:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            images = file["images"] if "images" in file else file["arr_0"]
-            labels = next((file[name] for name in ("labels", "arr_1") if name in file), None)
-    except KeyError as error:
-        raise InputError(f"{path} has neither 'images' nor 'arr_0'") from error
-    except (OSError, EOFError, ValueError, zlib.error, zipfile.BadZipFile, NotImplementedError) as error:
+        with zipfile.ZipFile(path) as archive:
+            images, labels = (_read_member(path, archive, names) for names in (NPZ_IMAGES, NPZ_LABELS))
+    except InputError:
+        raise
+    except Exception as error:  # encrypted, cut, LZMA, a .npy renamed, ...: each ends in another class of exception
         raise InputError(f"{path} can't be read as .npz: {_first_line(error)}") from error
+    if images is None:
+        raise InputError(f"{path} has neither {' nor '.join(map(repr, NPZ_IMAGES))}")
     return _image_set(path, images, labels)
 
 
+def _read_member(path: Path, archive: zipfile.ZipFile, names: Sequence[str]) -> NDArray[np.generic] | None:
+    """The first of the arrays called `names`, or None; nothing is unpacked where all are too large together."""
+    members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
+    if (total := sum(member.file_size for member in archive.infolist())) > MAX_BYTES:
+        raise InputError(f"{path} holds {total} bytes uncompressed; allowed: at most {MAX_BYTES}")
+    if (member := next((members[name] for name in names if name in members), None)) is None:
+        return None
+    with archive.open(member) as file:
+        array: NDArray[np.generic] = np.lib.format.read_array(file, allow_pickle=False)
+    return array
+
+
 def _load_folder(path: Path) -> ImageSet:
-    folders = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    folders = [p for p in _listing(path) if os.path.isdir(p)]
     files, labels = _pictures(path), None
+    per_class = [_pictures(folder) for folder in folders]
+    if files and (folder := next((f for f, group in zip(folders, per_class, strict=True) if group), None)):
+        raise InputError(
+            f"{path} holds pictures ({files[0].name}) beside a folder of pictures ({folder.name}); "
+            f"give pictures alone, or one folder for each class"
+        )
     if not files:
-        per_class = [_pictures(folder) for folder in folders]
         files = [file for group in per_class for file in group]
         labels = np.repeat(np.arange(len(per_class)), [len(group) for group in per_class])
     if not files:
@@ -165,7 +198,15 @@ def _load_folder(path: Path) -> ImageSet:
 
 
 def _pictures(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES and not p.name.startswith("."))
+    return [p for p in _listing(folder) if p.suffix.lower() in PICTURES]
+
+
+def _listing(folder: Path) -> list[Path]:
+    """What the folder holds, sorted, without hidden names."""
+    try:
+        return sorted(p for p in folder.iterdir() if not p.name.startswith("."))
+    except OSError as error:
+        raise InputError(f"{folder} can't be read: {_first_line(error)}") from error
 
 
 def _decode(files: Sequence[Path]) -> NDArray[np.uint8]:
@@ -173,14 +214,17 @@ def _decode(files: Sequence[Path]) -> NDArray[np.uint8]:
     from PIL import Image as pillow
 
     made: NDArray[np.uint8] | None = None
-    mode = ""
+    target = ""
     for i, file in enumerate(files):
         try:
             with pillow.open(file) as picture:
-                mode = mode or ("L" if picture.mode in ("1", "L") else "RGB")
-                pixels = np.asarray(_opaque(picture).convert(mode))
+                if (mode := picture.mode) in MODES:
+                    target = target or ("L" if mode in GREY_MODES else "RGB")
+                    pixels = np.asarray(_opaque(picture).convert(target))
         except (OSError, ValueError, SyntaxError, pillow.DecompressionBombError) as error:
             raise InputError(f"{file} is no picture that can be read: {_first_line(error)}") from error
+        if mode not in MODES:  # Pillow would clip 16 bits to 8: nearly white
+            raise InputError(f"{file} has the pixel mode {mode}; give 8 bits a channel: {', '.join(MODES)}")
         if made is None:
             made = np.empty((len(files), *pixels.shape), np.uint8)
         if pixels.shape != made.shape[1:]:
@@ -224,4 +268,5 @@ def _labels(path: Path, labels: NDArray[np.generic], n: int) -> Tensor:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return (text.splitlines() or [type(error).__name__])[0]
