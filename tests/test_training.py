@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from scipy import stats
 from fastddpm.cli import main
 from fastddpm.errors import CheckpointError, ConfigError, NonFiniteError, OutputError
 from fastddpm.schedule import NoiseSchedule
+from fastddpm.training import command as command_module
 from fastddpm.training import run as run_module
 from fastddpm.training.batches import Batches, time_step_edges
 from fastddpm.training.command import architecture
@@ -25,7 +27,7 @@ from fastddpm.training.run import OtherRunError, Run
 from fastddpm.training.trainer import Budget, TrainConfig, Trainer, fresh_unet
 from fastddpm.unet import UNet
 
-CONFIG = TrainConfig(batch_size=16, precision="float32", lr=3e-3, ema=0.9)
+CONFIG = TrainConfig(batch_size=16, precision="float32", lr=3e-3, ema=0.9, prediction="epsilon")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -441,6 +443,9 @@ def test_command_trains_and_goes_on(tmp_path: Path) -> None:
         (("--steps", "2", "--size", "9"), 2, "size 9"),
         (("--steps", "2", "--widths", "8,a"), 2, "whole numbers"),
         (("--steps", "2", "--widths", "3"), 2, "block_out_channels"),
+        (("--steps", "2", "--widths", ""), 2, "block_out_channels"),
+        (("--steps", "2", "--widths", ",".join(["8"] * 64)), 2, "64 widths are given; allowed: 1 ... 8"),
+        (("--steps", "2", "--size", str(1 << 20)), 2, "48 images of 1 x 1048576 x 1048576 have"),
         (("--steps", "2", "--out", "/dev/null/run"), 5, "/dev/null"),
         (("--steps", "2", "--out", "a" * 300), 5, "File name too long"),
         (("--steps", "2", "--data", "/absent"), 2, "does not exist"),
@@ -451,6 +456,29 @@ def test_command_errors(tmp_path: Path, words: tuple[str, ...], code: int, messa
     assert result.exit_code == code, result.output
     assert message in result.stderr.splitlines()[-1]
     assert not (tmp_path / "run").exists()
+
+
+def test_command_learns_v_unless_told(tmp_path: Path) -> None:
+    """The recipe of the shipped weights; and epsilon where it is asked for."""
+    assert TrainConfig().prediction == "v_prediction"
+    for words, learnt in (((), "v_prediction"), (("--prediction", "epsilon"), "epsilon")):
+        assert call(tmp_path, "--steps", "1", "--out", str(tmp_path / learnt), *words).exit_code == 0
+        assert json.loads((tmp_path / learnt / "scheduler_config.json").read_text())["prediction_type"] == learnt
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_is_for_terminals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
+    stderr = SimpleNamespace(isatty=lambda: terminal)
+    monkeypatch.setattr(command_module, "sys", SimpleNamespace(stderr=stderr))
+    result = call(tmp_path, "--steps", "1")
+    assert result.exit_code == 0, result.output
+    assert ("100%" in result.stderr) == terminal
+
+
+def test_missing_loss_curve_says_what_to_install(capsys: pytest.CaptureFixture[str]) -> None:
+    result = {"loss": 0.5, "steps": 100, "minutes": 1.0, "folder": "run", "loss_curve": None, "new_steps": 1}
+    command_module.say_result({**result, "interrupted": False})
+    assert "(pip install matplotlib)" in capsys.readouterr().err
 
 
 def test_command_refuses_another_run(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from ..checkpoint import UNetConfig
     from .data import ImageSet
     from .run import Run
+
+MAX_LEVELS = 8  # of a `UNetConfig`
 
 
 class Integers(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.4 on only
@@ -72,7 +75,9 @@ def architecture(data: ImageSet, widths: tuple[int, ...], layers: int, attention
 @click.option("--attention", type=Integers(), default="", help="Sides of the levels with self-attention, e.g. 16,8.")
 @click.option("--schedule", default="linear", show_default=True, help="linear, scaled_linear, cosine or sigmoid.")
 @click.option("--density", default="cosine", show_default=True, help="Of the time steps: uniform or cosine.")
-@click.option("--prediction", default="epsilon", show_default=True, help="What is learnt: epsilon or v_prediction.")
+@click.option(
+    "--prediction", default="v_prediction", show_default=True, help="What is learnt: v_prediction or epsilon."
+)
 @click.option("--precision", default="auto", show_default=True, help="bf16, float32, or auto: bf16 where it is fast.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
@@ -96,6 +101,7 @@ def run_training(options: dict[str, Any], quiet: bool) -> dict[str, Any]:
     import torch
 
     from .. import runtime
+    from ..errors import ConfigError
     from .data import load_images
     from .run import Run, interruption, write_loss_curve
     from .trainer import Budget, TrainConfig, Trainer
@@ -108,14 +114,16 @@ def run_training(options: dict[str, Any], quiet: bool) -> dict[str, Any]:
         fast = runtime.choose_dtype("auto", device) == torch.bfloat16
         options = {**options, "precision": "bf16" if fast else "float32"}
     config = TrainConfig(**{name: options[name] for name in names})
-    data = load_images(options["data"]).padded(2 ** max(0, len(options["widths"]) - 1), options["size"])
+    if (levels := len(options["widths"])) > MAX_LEVELS:
+        raise ConfigError(f"{levels} widths are given; allowed: 1 ... {MAX_LEVELS}, one for each level")
+    data = load_images(options["data"]).padded(2 ** max(0, levels - 1), options["size"])
     unet = architecture(data, options["widths"], options["layers"], options["attention"])
     run = Run(options["out"], Trainer(data, unet, config, device.type), data, resume=options["resume"])
     if not quiet:
         say_start(run, data)
     before = run.trainer.steps
     with interruption() as stop:
-        finished = run.train(budget, stop=stop, progress=True)
+        finished = run.train(budget, stop=stop, progress=sys.stderr.isatty())
     curve = write_loss_curve(run)
     return {
         **report(run),
@@ -159,5 +167,5 @@ def say_result(result: dict[str, Any]) -> None:
         what = "nothing to do, the run is complete:"
     click.echo(f"{what} {result['steps']} steps in {result['minutes']:.1f} minutes, loss {loss}: {result['folder']}")
     if result["loss_curve"] is None and result["steps"] >= 100:
-        click.echo("no picture of the loss curve: matplotlib is not installed (pip install fastddpm[plot])", err=True)
+        click.echo("no picture of the loss curve: matplotlib is not installed (pip install matplotlib)", err=True)
     click.echo(f"look at it with: fastddpm sample --weights {result['folder']}")

@@ -25,7 +25,7 @@ from .data import ImageSet
 
 SCHEDULES = ("linear", "scaled_linear", "cosine", "sigmoid")
 PRECISIONS = ("bf16", "float32")
-PREDICTIONS = ("epsilon", "v_prediction")
+PREDICTIONS = ("v_prediction", "epsilon")
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by its own names
 NULL_CLASSES = 1  # behind the data's classes, for dropped labels
 
@@ -43,9 +43,9 @@ class TrainConfig:
         density: distribution of the time steps, "uniform" or "cosine"; see `time_step_edges`.
         seed: 0 ... 2^64 - 1; of the initial weights, the order, the dropped labels, the time steps and the noise.
         precision: what the network computes in, "bf16" or "float32".
-        prediction: what it learns: "epsilon", or "v_prediction", which is sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0
-            (Salimans and Ho 2022, arXiv 2202.00512, section 4), from which x_0 follows without a division by
-            sqrt(alpha_bar): where an epsilon-network is 4 % wrong at t = 980, its x_0 is wrong by 5.
+        prediction: what it learns: "v_prediction", which is sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0
+            (Salimans and Ho 2022, arXiv 2202.00512, section 4), or "epsilon", as Ho et al. From v, x_0 follows without
+            a division by sqrt(alpha_bar): where an epsilon-network is 4 % wrong at t = 980, its x_0 is wrong by 5.
         weight_decay, clip_norm: AdamW's weight decay; the largest norm of the gradient.
     """
 
@@ -57,7 +57,7 @@ class TrainConfig:
     density: str = "cosine"
     seed: int = 0
     precision: str = "bf16"
-    prediction: str = "epsilon"
+    prediction: str = "v_prediction"
     weight_decay: float = 0.01
     clip_norm: float = 1.0
 
