@@ -57,9 +57,10 @@ def test_nothing_spills(compiled):
 
 
 def test_registers_leave_room_for_other_warps(compiled):
-    # 136, with two histories on sm_80: three blocks of four warps an SM. The plain step has 72: seven.
-    assert max(code["registers"] for code in compiled.values()) <= 136
-    assert max(compiled[f"reverse_step-{dtype}-sm90"]["registers"] for dtype in ("fp32", "bf16", "fp16")) <= 72
+    # 168, with two histories on sm_80: three blocks of four warps an SM. The plain step has up to 80: six.
+    assert max(code["registers"] for code in compiled.values()) <= 168
+    for dtype in ("fp32", "bf16", "fp16"):
+        assert max(compiled[f"reverse_step-{dtype}-sm{sm}"]["registers"] for sm in SMS) <= 80
 
 
 @pytest.mark.parametrize("sm", SMS)
