@@ -102,19 +102,18 @@ def modules_of(model: object, depth: int = 3) -> list[nn.Module]:
         return [model]
     if depth == 0:
         return []
-    held: list[object] = []
+    held: list[object]
     if inspect.ismethod(model):
-        held = [model.__self__, model.__func__]
-    elif isinstance(model, functools.partial):
-        held += [model.func, *model.args, *model.keywords.values()]
+        return modules_of(model.__self__, depth - 1) + modules_of(model.__func__, depth - 1)
+    if isinstance(model, functools.partial):
+        held = [model.func, *model.args, *model.keywords.values()]
     elif inspect.isfunction(model):
         closure = inspect.getclosurevars(model)
-        held += [*closure.nonlocals.values(), *closure.globals.values()]
+        held = [*closure.nonlocals.values(), *closure.globals.values()]
     else:
-        held += list(getattr(model, "__dict__", {}).values())
-    bound = held[:1] if inspect.ismethod(model) else []  # the only object that is looked into
+        held = list(getattr(model, "__dict__", {}).values())
     kinds = (nn.Module, functools.partial, types.FunctionType, types.MethodType)
-    return [module for h in held if isinstance(h, kinds) or h in bound for module in modules_of(h, depth - 1)]
+    return [module for h in held if isinstance(h, kinds) for module in modules_of(h, depth - 1)]
 
 
 def fingerprint(model: object) -> Hashable:

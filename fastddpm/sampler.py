@@ -120,6 +120,7 @@ class Sampler:
             raise InputError(f"batch_size is {batch_size!r}; allowed: None, or an integer of at least 1")
         self.model, self.table, self.graph = model, table, graph
         self.batch_size, self.state_dtype = batch_size, state_dtype
+        self._limited, self._stochastic = table.limited, table.stochastic  # asked of the rows once, not each step
         self._dtype = dtype
         self._model_dtype()  # refuses a wrong one now
         self.device = None if device is None else torch.device(device)
@@ -172,7 +173,7 @@ class Sampler:
                     bar.update()
                 samples.append(buffers.x[: len(rows)].clone())
                 flags.append(buffers.nonfinite[: len(rows)].clone())
-        return self._finite(torch.cat(samples), torch.cat(flags), seeds)
+        return self._finite(torch.cat(samples), torch.cat(flags))
 
     def trace(
         self,
@@ -194,9 +195,9 @@ class Sampler:
             buffers = self._allocate(shape, kwargs, x_T)
             buffers.x0 = torch.empty_like(buffers.x)
             buffers.start(x_T, bits, kwargs)
-        return self._steps(buffers, buffers.x0, seeds, progress)
+        return self._steps(buffers, buffers.x0, progress)
 
-    def _steps(self, buffers: Buffers, x0: Tensor, seeds: int | Sequence[int], progress: bool) -> Iterator[TraceStep]:
+    def _steps(self, buffers: Buffers, x0: Tensor, progress: bool) -> Iterator[TraceStep]:
         """The generator of `trace`, which has checked its arguments when it was called."""
         with self._bar(progress, 1, 1) as bar:
             for i, t in enumerate(self.table.timesteps):
@@ -204,7 +205,7 @@ class Sampler:
                     self._step(buffers)
                 bar.update()
                 yield TraceStep(i, float(t), buffers.x.clone(), x0.clone())
-        self._finite(buffers.x, buffers.nonfinite, seeds)
+        self._finite(buffers.x, buffers.nonfinite)
 
     # --- one step, and what it needs ----------------------------------------------------------------------------------
 
@@ -222,8 +223,8 @@ class Sampler:
             h2=b.h2,
             model_input=b.model_input,
             x0=b.x0,
-            limited=self.table.limited,
-            noise=self.table.stochastic,
+            limited=self._limited,
+            noise=self._stochastic,
         )
         advance_(b.cursor, b.t, b.table)
 
@@ -333,7 +334,8 @@ class Sampler:
             raise InputError(f"state_dtype float64 is for the CPU; the device is {device}")
         return shape, sample_seeds(seeds, shape[0])
 
-    def _finite(self, samples: Tensor, flags: Tensor, seeds: int | Sequence[int]) -> Tensor:
+    def _finite(self, samples: Tensor, flags: Tensor) -> Tensor:
+        """`samples`, or `NonFiniteError` where one is not finite or its flag is set."""
         bad = (flags != 0) | ~torch.isfinite(samples).flatten(1).all(dim=1)
         if not bad.any():
             return samples
