@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastddpm import NoiseSchedule, Sampler, graphs, solvers
-from fastddpm.errors import GraphCaptureError
+from fastddpm.errors import GraphCaptureError, NonFiniteError
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = solvers.ddpm(NoiseSchedule.linear(), 6, clip=1.0)
@@ -187,6 +187,18 @@ def test_inference_mode_leaves_the_buffers_usable(monkeypatch):
     with torch.inference_mode():
         inside = sampler.sample((2, 5), seeds=0)
     assert torch.equal(sampler.sample((2, 5), seeds=0), inside)
+
+
+def test_a_graphs_buffers_carry_nothing_over(monkeypatch):
+    """Parts of a batch go through the same buffers, and a run after a broken one starts clean."""
+    eager = Sampler(Net(), TABLE, batch_size=2).sample((5, 4), seeds=3)
+    fake = FakeCapture(monkeypatch)
+    sampler = Sampler(Net(), TABLE, batch_size=2)
+    assert torch.equal(sampler.sample((5, 4), seeds=3), eager)
+    with pytest.raises(NonFiniteError, match="sample 0 is not finite from step 0"):
+        sampler.sample((5, 4), seeds=3, x_T=torch.full((5, 4), float("nan")))
+    assert torch.equal(sampler.sample((5, 4), seeds=3), eager)
+    assert fake.captures == 1
 
 
 def test_changed_weights_are_used(monkeypatch):
