@@ -46,7 +46,7 @@ class Cli(click.Group):
     def main(self, *args: Any, **kwargs: Any) -> Any:
         kwargs["standalone_mode"] = False
         # Before torch is imported: its CPU threads must not spin while they wait. Beside other work on two cores, 16
-        # pictures of 50 steps took 24 s spinning and 4 s so.
+        # pictures of 50 steps took about 24 s spinning and 4 s so (the load was not held equal).
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         try:
             result = super().main(*args, **kwargs)
