@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,10 +20,10 @@ import torch
 
 @dataclass
 class Times:
-    """Seconds of each call: by the clock, and of processor time over all threads of this process."""
+    """Seconds of each call: by the clock (or a GPU's), and of processor time over all threads of this process."""
 
-    wall: list[float]
-    cpu: list[float]
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
 
     @property
     def median(self) -> float:
@@ -33,40 +35,63 @@ class Times:
         """Median processor time of a call, in seconds: it counts less of what other processes do to the clock."""
         return statistics.median(self.cpu)
 
+    def decile(self, tenths: int) -> float:
+        """The value that `tenths` tenths of the calls by the clock are at or below, in seconds; 1 ... 9."""
+        if len(self.wall) == 1:
+            return self.wall[0]
+        return statistics.quantiles(self.wall, n=10, method="inclusive")[tenths - 1]
+
+
+Timer = Callable[[Callable[[], object], Times], None]
+
+
+def by_the_clock(call: Callable[[], object], times: Times) -> None:
+    """Call once and add how long it took."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    call()
+    times.cpu.append(time.process_time() - cpu)
+    times.wall.append(time.perf_counter() - wall)
+
 
 class Interleaved:
     """Contenders that are called in turn, each round beginning with another: slow spells fall on all of them alike."""
 
-    def __init__(self, contenders: Mapping[str, Callable[[], object]]) -> None:
+    def __init__(self, contenders: Mapping[str, Callable[[], object]], timer: Timer = by_the_clock) -> None:
         self.contenders = dict(contenders)
-        self.times = {name: Times([], []) for name in contenders}
+        self.times = {name: Times() for name in contenders}
+        self.timer = timer
         self.rounds = 0
 
     def __call__(self) -> None:
         """One round."""
         names = list(self.contenders)
-        first = self.rounds % len(names)
+        first = self.rounds % max(1, len(names))
         self.rounds += 1
         for name in names[first:] + names[:first]:
-            wall, cpu = time.perf_counter(), time.process_time()
-            self.contenders[name]()
-            self.times[name].cpu.append(time.process_time() - cpu)
-            self.times[name].wall.append(time.perf_counter() - wall)
+            self.timer(self.contenders[name], self.times[name])
 
 
 def machine() -> dict[str, Any]:
-    """What a figure depends on: processor, threads, other load, versions."""
+    """What a figure depends on: processor, threads, other load, GPU and driver, versions."""
     names = ("torch", "triton", "numpy", "diffusers")
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "not set"),
-        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "load_average": load_average(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "driver": _driver() if torch.cuda.is_available() else None,
+        "cuda": torch.version.cuda,
+        "system": platform.platform(terse=True),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in names if find_spec(name)},
     }
+
+
+def load_average() -> float | None:
+    """Processes that wanted a core, averaged over the last minute; this one counts too."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def _cpu_model() -> str:
@@ -75,6 +100,19 @@ def _cpu_model() -> str:
     except OSError:
         return platform.processor() or platform.machine()
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _driver() -> str | None:
+    """The NVIDIA driver's version, as nvidia-smi says it; None where there is no nvidia-smi."""
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return None
+    words = [command, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(words, capture_output=True, text=True, check=False, timeout=20).stdout.split()
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return said[0] if said else None
 
 
 def table(title: str, rows: Mapping[str, Mapping[str, str]]) -> str:

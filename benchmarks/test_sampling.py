@@ -10,10 +10,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
-from measure import Interleaved, machine, table
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
+from benchmarks.measure import Interleaved, machine, table
 from fastddpm import Sampler, UNet
 from fastddpm.pretrained import DEFAULT, SchedulerConfig
 

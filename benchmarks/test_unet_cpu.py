@@ -11,10 +11,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from diffusers import UNet2DModel
-from measure import Interleaved, machine, table
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
+from benchmarks.measure import Interleaved, machine, table
 from fastddpm.pretrained import DEFAULT
 from fastddpm.unet import UNet
 
