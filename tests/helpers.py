@@ -50,6 +50,7 @@ def random_table(rows: int, seed: int = 0, *, history: int = 2, noise: bool = Tr
     table = torch.randn(rows, len(col.COLUMNS), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     table[:, col.T] = torch.arange(rows).flip(0) * 10
     table[:, col.CLIP] = clip
+    table[:, col.RATIO] = 0
     table[:, col.STEP] = torch.arange(rows)
     table[:, col.ADVANCE] = 1
     for depth, column in ((1, col.X_H1), (2, col.X_H2)):

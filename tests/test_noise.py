@@ -36,7 +36,7 @@ def words_kernel(counter_ptr, key_ptr, out_ptr, n, ROUNDS: tl.constexpr, BLOCK: 
     c3 = tl.load(counter_ptr + 3 * n + i, m, other=0).to(tl.uint32)
     k0 = tl.load(key_ptr + i, m, other=0).to(tl.uint32)
     k1 = tl.load(key_ptr + n + i, m, other=0).to(tl.uint32)
-    words = philox.philox4x32(c0, c1, c2, c3, k0, k1, ROUNDS)
+    words = philox.philox4x32(c0, c1, c2, c3, k0, k1, (i >> 31).to(tl.uint64), ROUNDS)
     for k in tl.static_range(4):
         tl.store(out_ptr + k * n + i, words[k].to(tl.int64), m)
 

@@ -1,12 +1,46 @@
 """How the kernels divide samples: a program owns some lanes of one sample, a lane four elements, q apart.
 
-One Philox block makes four normals, so this division needs one block a lane, and the four accesses that each tensor
-gets are each contiguous over the lanes: no shuffle.
+One Philox block makes four normals, so this division needs one block a lane. A program's elements are one tensor
+[4, BLOCK]: row k holds its lanes' k-th elements, adjacent in memory, and a thread holds four adjacent lanes of every
+row. So each access is 128 bits of float32, and no value ever changes its thread: no shared memory, no barrier.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+
+from .constants import chunk
+
+# 32 elements a thread share the loads of a table row, addresses and the key schedule: with 16 the DDPM step has 6
+# instructions an element more [compiled for sm_90].
+LANES_A_THREAD = 8
+
+
+class Division(NamedTuple):
+    """How samples of one size are divided: the kernels' constants of these names."""
+
+    block: int  # lanes of a program
+    full: bool  # samples fill all programs, so that no access needs a mask
+    vector: int  # adjacent lanes of a thread
+
+    @property
+    def warps(self) -> int:
+        """Warps of a program."""
+        return max(1, self.block // (32 * LANES_A_THREAD))
+
+
+def division(n: int, block: int | None = None, width: int = 4) -> Division:
+    """The division of samples of n elements: the largest block that divides their lanes, or `block`.
+
+    `width` is the bytes of an element of the widest tensor. Not measured on a GPU yet.
+    """
+    q = chunk(n)
+    vector = 16 // width if n % 16 == 0 else 1  # samples begin at 16-byte boundaries, or they don't
+    if block is None:
+        block = next((b for b in (1024, 512, 256) if q % b == 0), 512 if q > 256 else 256)
+    return Division(block, n == 4 * q and q % block == 0, vector)
 
 
 def grid(batch: int, q: int, block: int) -> tuple[int, int]:
@@ -21,16 +55,23 @@ def grid(batch: int, q: int, block: int) -> tuple[int, int]:
 
 
 @triton.jit
-def sample_and_lane(BLOCK: tl.constexpr):
-    """Which sample a program works on, and which lanes of it; both int64."""
-    return tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def program(n, q, FULL: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr):
+    """What this program works on: its sample; its lanes [1, BLOCK]; their elements and whether the sample has them.
 
-
-@triton.jit
-def element(lane, k: tl.constexpr, n, q):
-    """A lane's k-th element, and whether the sample has it."""
-    e = lane + k * q
-    return e, (lane < q) & (e < n)
+    All int64; elements [4, BLOCK]. VECTOR adjacent lanes go to one thread, even where a narrower dtype would allow
+    more: else a kernel with two dtypes gets two divisions, and shared memory between them.
+    """
+    sample = tl.program_id(0).to(tl.int64)
+    start = tl.program_id(1).to(tl.int64) * BLOCK
+    lane = tl.arange(0, BLOCK)[None, :]
+    k = tl.arange(0, 4)[:, None].to(tl.int64)
+    e = tl.max_contiguous(k * q + start + lane, [1, VECTOR])
+    if FULL:
+        inside = tl.full((4, BLOCK), True, tl.int1)
+    else:
+        room = tl.minimum(tl.minimum(q, n - k * q) - start, BLOCK)  # of each row
+        inside = lane < room.to(tl.int32)
+    return sample, start + lane, e, inside
 
 
 @triton.jit
@@ -43,20 +84,6 @@ def in_memory(e, PLANE: tl.constexpr, CHANNELS: tl.constexpr):
         e = e.to(tl.int32)
         e = (e % PLANE * CHANNELS + e // PLANE).to(tl.int64)
     return e
-
-
-@triton.jit
-def load4(ptr, lane, n, q, wanted=True, PLANE: tl.constexpr = 0, CHANNELS: tl.constexpr = 0):
-    """A lane's four elements of one sample, as float32; 0 where the sample has none, or they are not wanted."""
-    e0, in0 = element(lane, 0, n, q)
-    e1, in1 = element(lane, 1, n, q)
-    e2, in2 = element(lane, 2, n, q)
-    e3, in3 = element(lane, 3, n, q)
-    v0 = tl.load(ptr + in_memory(e0, PLANE, CHANNELS), in0 & wanted, other=0.0).to(tl.float32)
-    v1 = tl.load(ptr + in_memory(e1, PLANE, CHANNELS), in1 & wanted, other=0.0).to(tl.float32)
-    v2 = tl.load(ptr + in_memory(e2, PLANE, CHANNELS), in2 & wanted, other=0.0).to(tl.float32)
-    v3 = tl.load(ptr + in_memory(e3, PLANE, CHANNELS), in3 & wanted, other=0.0).to(tl.float32)
-    return v0, v1, v2, v3
 
 
 def memory_order(x: torch.Tensor) -> tuple[int, int]:

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from . import constants as const
-from .lanes import element, grid, load4, sample_and_lane
+from .lanes import division, grid, program
 from .philox import normal4
 
 
@@ -22,23 +22,21 @@ def q_sample_kernel(
     step,
     stream: tl.constexpr,
     DRAW: tl.constexpr,
+    FULL: tl.constexpr,
+    VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    sample, lane = sample_and_lane(BLOCK)
+    sample, lane, e, inside = program(n, q, FULL, VECTOR, BLOCK)
     row = table_ptr + tl.load(t_ptr + sample) * 2
     a, b = tl.load(row), tl.load(row + 1)
-    base = sample * n
-    # All loads come before all stores: the compiler can't move a load over a store that might alias it.
-    x0 = load4(x0_ptr + base, lane, n, q)
-    if DRAW:  # noqa: SIM108
-        z = normal4(tl.load(seeds_ptr + sample), step, stream, lane)
+    e += sample * n
+    x0 = tl.load(x0_ptr + e, inside, other=0.0).to(tl.float32)
+    if DRAW:
+        z = normal4(tl.load(seeds_ptr + sample), step, stream, lane, q)
+        tl.store(noise_ptr + e, z, inside)
     else:
-        z = load4(noise_ptr + base, lane, n, q)
-    for k in tl.static_range(4):
-        e, inside = element(lane, k, n, q)
-        tl.store(out_ptr + base + e, tl.fma(b, z[k], a * x0[k]), inside)
-        if DRAW:
-            tl.store(noise_ptr + base + e, z[k], inside)
+        z = tl.load(noise_ptr + e, inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + e, tl.fma(b, z, a * x0), inside)
 
 
 def launch_q_sample(
@@ -51,17 +49,17 @@ def launch_q_sample(
     *,
     step: int = 0,
     stream: int = const.STREAM_TRAINING,
-    block: int = 512,
+    block: int | None = None,
 ) -> None:
-    """Write x_t to `out`; with `seeds` draw the noise and write it to `noise`, without read it there.
+    """Write x_t to `out`; with `seeds` draw the noise and write it to `noise`, without reading it there.
 
     All of `x0`, `noise`, `out` are [B, ...], contiguous, float32, bfloat16 or float16; the arithmetic is float32.
     """
     if x0.numel() == 0:
         return
     n = x0[0].numel()
-    q = const.chunk(n)
-    q_sample_kernel[grid(x0.shape[0], q, block)](
+    q, by = const.chunk(n), division(n, block, width=x0.element_size())
+    q_sample_kernel[grid(x0.shape[0], q, by.block)](
         x0,
         noise,
         out,
@@ -73,7 +71,9 @@ def launch_q_sample(
         step,
         stream,
         DRAW=seeds is not None,
-        BLOCK=block,
-        num_warps=4,
+        FULL=by.full,
+        VECTOR=by.vector,
+        BLOCK=by.block,
+        num_warps=by.warps,
         enable_fp_fusion=True,
     )

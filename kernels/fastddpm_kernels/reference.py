@@ -35,23 +35,24 @@ def philox4x32(
 
 
 def box_muller(w0: Tensor, w1: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Two standard normals from two words (Box & Muller 1958): r cos a and r sin a, r = sqrt(-2 ln u0), a = 2 pi u1.
+    """Two standard normals from two words (Box & Muller 1958): r cos a and r sin a, r = sqrt(-2 ln u).
 
-    The uniforms are float32 by contract; what follows is in `dtype`. float32 uses the kernels' polynomials, float64 the
-    exact functions.
+    u = w0 2^-32 + 2^-33 in float32, by contract; a = 2 pi w1 2^-32. What follows is in `dtype`: float32 uses the
+    kernels' polynomials, float64 the exact functions.
     """
-    u0, u1 = (w.to(torch.float32) * const.U_SCALE + const.U_OFFSET for w in (w0, w1))
+    u = w0.to(torch.float32) * const.U_SCALE + const.U_OFFSET
+    turns = torch.where(w1 < 2**31, w1, w1 - 2**32)  # as a signed word: -1/2 ... 1/2 of a turn
     if dtype == torch.float64:
-        r, angle = torch.sqrt(-2.0 * torch.log(u0.double())), 2.0 * math.pi * u1.double()
+        r, angle = torch.sqrt(-2.0 * torch.log(u.double())), 2.0 * math.pi * const.U_SCALE * turns.double()
         return r * torch.cos(angle), r * torch.sin(angle)
 
-    bits = u0.view(torch.int32)
-    exponent = (bits - 0x3F2AAAAB) >> 23  # u0 = 2^exponent (1 + f), 1 + f in [2/3, 4/3)
-    f = (bits - (exponent << 23)).view(torch.float32) - 1.0
-    r = torch.sqrt(torch.addcmul(exponent * const.MINUS_TWO_LN2, f, _horner(const.LOG, f)))
-    s = u1 - 0.5  # cos 2 pi u = -cos 2 pi s, sin 2 pi u = -sin 2 pi s
-    a = s.abs() - 0.25  # -cos 2 pi s = sin 2 pi a
-    b = torch.copysign(0.25 - a.abs(), -s)  # -sin 2 pi s = sin 2 pi b, |b| <= 1/4
+    bits = u.view(torch.int32)
+    exponent = (bits - const.LOG_SPLIT) & -(1 << 23)  # u = 2^exponent (1 + f); it stays in its place
+    f = (bits - exponent).view(torch.float32) - 1.0
+    r = torch.sqrt(torch.addcmul(exponent * const.LOG_EXPONENT, f, _horner(const.LOG, f)))
+    s = turns.to(torch.float32) * const.U_SCALE
+    a = 0.25 - s.abs()  # cos 2 pi s = sin 2 pi a
+    b = torch.copysign(0.25 - a.abs(), s)  # sin 2 pi s = sin 2 pi b, and |b| <= 1/4
     return r * (a * _horner(const.SIN, a * a)), r * (b * _horner(const.SIN, b * b))
 
 
@@ -106,6 +107,40 @@ def q_sample(x0: Tensor, t: Tensor, table: Tensor, seeds: Tensor, step: int, str
     return add_noise(x0, z, t, table), z.to(x0.dtype)
 
 
+def _per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """[B] as [B, 1, ...], to be broadcast over `like`."""
+    return values.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def guided(conditional: Tensor, unconditional: Tensor, guidance: Tensor) -> Tensor:
+    """Classifier-free guidance: m_u + w (m_c - m_u), a weight a sample (Ho & Salimans 2022, eq. 6, w = 1 + theirs)."""
+    return unconditional + _per_sample(guidance, conditional) * (conditional - unconditional)
+
+
+def rescale_factor(conditional: Tensor, m: Tensor, rescale: Tensor) -> Tensor:
+    """What a guided output m is multiplied with to come nearer to the conditional one's deviation, [B].
+
+    phi std(m_c) / std(m) + 1 - phi (Lin et al. 2023, arXiv 2305.08891, eq. 15-16), with phi = `rescale` [B] and
+    deviations over a sample; 1 where m is constant.
+    """
+    theirs, own = conditional.flatten(1).std(1, correction=0), m.flatten(1).std(1, correction=0)
+    return torch.where(own == 0, 1.0, rescale * theirs / own + 1 - rescale)
+
+
+def dynamic_bound(x0: Tensor, ratio: Tensor, clip: Tensor) -> Tensor:
+    """Dynamic thresholding's bound of abs(x0), [B] (Imagen, arXiv 2205.11487, section 2.3).
+
+    The `ratio`-quantile of a sample's abs(x0), interpolated linearly between its neighbours in the order, and kept
+    within 1 ... clip.
+    """
+    ordered = x0.abs().flatten(1).sort(dim=1).values
+    position = ratio.double() * (ordered.shape[1] - 1)
+    low = position.long()
+    high = (low + 1).clamp(max=ordered.shape[1] - 1)
+    a, b = (ordered.gather(1, i[:, None])[:, 0] for i in (low, high))
+    return (a + (position - low).to(a.dtype) * (b - a)).clamp_min(1.0).minimum(clip)
+
+
 class Step(NamedTuple):
     """What one step gives: the new state, the (limited) predicted clean sample, and where that was not finite."""
 
@@ -123,32 +158,73 @@ def reverse_step(
     h1: Tensor | None = None,
     h2: Tensor | None = None,
     *,
+    guidance: Tensor | None = None,
+    rescale: Tensor | None = None,
+    known: Tensor | None = None,
+    mask: Tensor | None = None,
+    known_noise: Tensor | None = None,
     limited: bool = True,
+    dynamic: bool = False,
+    learned: bool = False,
+    direct: bool = True,
 ) -> Step:
     """Apply to each sample the table's row that its cursor is at; `columns` has the formulas.
 
     Args:
         x: state [B, ...], float32 or float64.
-        model_output: what the model returned for ``c_in * x``, same shape, any float dtype.
+        model_output: what the model returned for ``c_in * x``, any float dtype. Like x; with twice as many samples
+            where there is guidance, the unconditional ones first; with twice the channels where it learns a variance.
         table: [rows, columns] in the state's dtype.
         cursor: int32 or int64 [B].
         noise: z, [B, ...]; None where the table adds none.
         h1, h2: predicted clean samples of the last row and of the one before; None where the table has no history.
+        guidance, rescale: [B], see `guided` and `rescale_factor`.
+        known, mask, known_noise: [B, ...], for inpainting: where the mask is set, x' is the known sample, noised.
         limited: whether to clamp x0 to the rows' `clip`.
+        dynamic: whether to limit x0 by `dynamic_bound` where the row has a `ratio`.
+        learned: whether the model's second half of channels is the variance's v.
+        direct: whether there is a term in the model's output itself.
     """
     row = table[cursor.long()]
 
     def c(index: int) -> Tensor:
-        return row[:, index].reshape(-1, *[1] * (x.ndim - 1))
+        return _per_sample(row[:, index], x)
 
     moving = c(col.ADVANCE) != 0  # at an identity row the sample stays, whatever the model says of it
-    m = torch.where(moving, model_output.to(x.dtype), 0.0)
+    m, v = _prediction(model_output, guidance, rescale, learned, x.dtype)
+    m, v = torch.where(moving, m, 0.0), torch.where(moving, v, 0.0) if learned else None
     x0 = c(col.X0_X) * x + c(col.X0_M) * m
     finite = torch.isfinite(x0).flatten(1).all(dim=1)
-    if limited:
+    if v is not None:
+        finite &= torch.isfinite(v).flatten(1).all(dim=1)
+    if dynamic:
+        bound = _per_sample(dynamic_bound(x0, row[:, col.RATIO], row[:, col.CLIP]), x)
+        moved = c(col.RATIO) != 0
+        bound = torch.where(moved, bound, c(col.CLIP))
+        x0 = torch.clamp(x0, -bound, bound) / torch.where(moved, bound, 1.0)
+    elif limited:
         x0 = torch.clamp(x0, -c(col.CLIP), c(col.CLIP))  # torch's clamp keeps NaN
-    out = c(col.X_X) * x + c(col.X_X0) * x0 + c(col.X_M) * m
-    for index, term in ((col.X_H1, h1), (col.X_H2, h2), (col.X_Z, noise)):
+    out = c(col.X_X) * x + c(col.X_X0) * x0
+    x_z = c(col.X_Z) * torch.exp2(c(col.S_0) + c(col.S_V) * v) if v is not None else c(col.X_Z)
+    for scale, term in ((c(col.X_M), m if direct else None), (c(col.X_H1), h1), (c(col.X_H2), h2), (x_z, noise)):
         if term is not None:
-            out = out + c(index) * term
+            out = out + scale * term
+    if known is not None and mask is not None:
+        there = c(col.K_X) * known + (0.0 if known_noise is None else c(col.K_Z) * known_noise)
+        out = torch.where(mask & moving, there, out)
     return Step(out, x0, finite)
+
+
+def _prediction(
+    output: Tensor, guidance: Tensor | None, rescale: Tensor | None, learned: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(m, v) from the model's output; v is m where no variance is learned."""
+    unconditional, conditional = output.to(dtype).chunk(2) if guidance is not None else (output, output.to(dtype))
+    (m, v) = conditional.chunk(2, dim=1) if learned else (conditional, conditional)
+    if guidance is None:
+        return m, v
+    own = m
+    m = guided(own, unconditional[:, : own.shape[1]], guidance)
+    if rescale is not None:
+        m = m * _per_sample(rescale_factor(own, m, rescale), m)
+    return m, v

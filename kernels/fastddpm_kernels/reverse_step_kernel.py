@@ -10,86 +10,122 @@ import triton.language as tl
 
 from . import columns as col
 from . import constants as const
-from .lanes import element, grid, in_memory, load4, memory_order, sample_and_lane
+from .lanes import division, grid, in_memory, memory_order, program
 from .philox import normal4
+from .prediction import model_output
 
 WIDTH = tl.constexpr(len(col.COLUMNS))
 T, C_IN, CLIP, STEP, ADVANCE = (tl.constexpr(c) for c in (col.T, col.C_IN, col.CLIP, col.STEP, col.ADVANCE))
 X0_X, X0_M, X_X, X_X0 = (tl.constexpr(c) for c in (col.X0_X, col.X0_M, col.X_X, col.X_X0))
 X_M, X_H1, X_H2, X_Z = (tl.constexpr(c) for c in (col.X_M, col.X_H1, col.X_H2, col.X_Z))
-STREAM = tl.constexpr(const.STREAM_STEP)
+S_0, S_V, K_X, K_Z = (tl.constexpr(c) for c in (col.S_0, col.S_V, col.K_X, col.K_Z))
+NOISE_STREAM, KNOWN_STREAM = tl.constexpr(const.STREAM_STEP), tl.constexpr(const.STREAM_INPAINTING)
 
 
 @triton.jit
 def reverse_step_kernel(
     x_ptr,  # float32 [B, n]
-    m_ptr,  # float [B, n], (C, H, W) or channels_last
+    m_ptr,  # float, see prediction.model_output
     out_ptr,  # float32 [B, n]; may be x
-    input_ptr,  # float [B, n], laid out as m
+    input_ptr,  # float [B, n], or [2 B, n] where GUIDED: the same twice; contiguous or channels_last, as m
     x0_ptr,  # float32 [B, n]
     h1_ptr,  # float32 [B, n], read and written
     h2_ptr,  # float32 [B, n], read and written
+    known_ptr,  # float32 [B, n]
+    mask_ptr,  # uint8 [B, n]: not 0 where the sample is known
+    guidance_ptr,  # float32 [B]
+    rescale_ptr,  # float32 [B]
+    bound_ptr,  # float32 [B, 2]: bound of abs(x0), and what x0 is then multiplied with
     nonfinite_ptr,  # int32 [B]: 1 + the first step whose x0 was not finite, or 0
     table_ptr,  # float32 [rows, WIDTH]
     cursor_ptr,  # int32 [B]
     seeds_ptr,  # int64 [B]
     n,  # elements a sample
     q,  # lanes a sample: constants.chunk(n)
-    LIMITED: tl.constexpr,
+    LIMITED: tl.constexpr,  # x0 is clipped: to the row's `clip`, or, where DYNAMIC, to the sample's bound
+    DYNAMIC: tl.constexpr,
     NOISE: tl.constexpr,
+    LEARNED: tl.constexpr,
+    DIRECT: tl.constexpr,  # x' has a term in m itself
     HISTORY: tl.constexpr,
+    INPAINT: tl.constexpr,
+    GUIDED: tl.constexpr,
+    RESCALED: tl.constexpr,
     WRITE_INPUT: tl.constexpr,
+    SCALED: tl.constexpr,  # the model's input is scaled by c_in
     WRITE_X0: tl.constexpr,
     PLANE: tl.constexpr,
     CHANNELS: tl.constexpr,
+    FULL: tl.constexpr,
+    VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    sample, lane = sample_and_lane(BLOCK)
+    sample, lane, e, inside = program(n, q, FULL, VECTOR, BLOCK)
     base = sample * n
     # All loads come before all stores: the compiler can't move a load over a store that might alias it.
     row = table_ptr + tl.load(cursor_ptr + sample).to(tl.int64) * WIDTH
     x0_x, x0_m, clip = tl.load(row + X0_X), tl.load(row + X0_M), tl.load(row + CLIP)
     x_x, x_x0, x_m = tl.load(row + X_X), tl.load(row + X_X0), tl.load(row + X_M)
     x_h1, x_h2, x_z = tl.load(row + X_H1), tl.load(row + X_H2), tl.load(row + X_Z)
+    s_0, s_v, k_x, k_z = tl.load(row + S_0), tl.load(row + S_V), tl.load(row + K_X), tl.load(row + K_Z)
     step = tl.load(row + STEP).to(tl.int32)
     advance = tl.load(row + ADVANCE).to(tl.int64)
     c_in = tl.load(row + advance * WIDTH + C_IN)
     moving = advance != 0  # at an identity row the sample stays, whatever the model says of it: that is not read
     clean = tl.load(nonfinite_ptr + sample) == 0  # the flag keeps the first bad step
+    seed = tl.load(seeds_ptr + sample)
 
-    x = load4(x_ptr + base, lane, n, q)
-    m = load4(m_ptr + base, lane, n, q, moving, PLANE, CHANNELS)
+    x = tl.load(x_ptr + base + e, inside, other=0.0)
+    m, v = model_output(
+        m_ptr, guidance_ptr, rescale_ptr, sample, e, inside & moving, n, GUIDED, RESCALED, LEARNED, PLANE, CHANNELS
+    )
     if HISTORY >= 1:
-        h1 = load4(h1_ptr + base, lane, n, q)
+        h1 = tl.load(h1_ptr + base + e, inside, other=0.0)
     if HISTORY >= 2:
-        h2 = load4(h2_ptr + base, lane, n, q)
+        h2 = tl.load(h2_ptr + base + e, inside, other=0.0)
+    if INPAINT:
+        known = tl.load(known_ptr + base + e, inside, other=0.0)
+        is_known = (tl.load(mask_ptr + base + e, inside, other=0) != 0) & moving
+
+    # Every fused multiply-add is written out: left to the compiler, which ones fuse depends on the block size.
+    x0 = tl.fma(x0_m, m, x0_x * x)
+    check = tl.sum(x0 * 0.0, axis=0)  # NaN where x0 is not finite; before the clamp can make a picture of an infinity
+    if LEARNED:
+        check += tl.sum(v * 0.0, axis=0)
+    if DYNAMIC:
+        bound, scale = tl.load(bound_ptr + 2 * sample), tl.load(bound_ptr + 2 * sample + 1)
+        x0 = tl.clamp(x0, -bound, bound, propagate_nan=tl.PropagateNan.ALL) * scale
+    elif LIMITED:
+        x0 = tl.clamp(x0, -clip, clip, propagate_nan=tl.PropagateNan.ALL)
+
+    out = tl.fma(x_x0, x0, x_x * x)
+    if DIRECT:
+        out = tl.fma(x_m, m, out)
+    if HISTORY >= 1:
+        out = tl.fma(x_h1, h1, out)
+    if HISTORY >= 2:
+        out = tl.fma(x_h2, h2, out)
     if NOISE:
-        z = normal4(tl.load(seeds_ptr + sample), step, STREAM, lane)
+        scale = x_z * tl.exp2(tl.fma(s_v, v, s_0)) if LEARNED else x_z
+        out = tl.fma(scale, normal4(seed, step, NOISE_STREAM, lane, q), out)
+    if INPAINT:
+        out = tl.where(is_known, tl.fma(k_z, normal4(seed, step, KNOWN_STREAM, lane, q), k_x * known), out)
 
-    check = tl.zeros((BLOCK,), tl.float32)
-    for k in tl.static_range(4):
-        e, inside = element(lane, k, n, q)
-        # Every fused multiply-add is written out: left to the compiler, which ones fuse depends on the block size.
-        x0 = tl.fma(x0_m, m[k], x0_x * x[k])
-        check += x0 * 0.0  # NaN where x0 is not finite; before the clamp can make a picture of an infinity
-        if LIMITED:
-            x0 = tl.clamp(x0, -clip, clip, propagate_nan=tl.PropagateNan.ALL)
-
-        out = tl.fma(x_m, m[k], tl.fma(x_x0, x0, x_x * x[k]))
-        if HISTORY >= 1:
-            out = tl.fma(x_h1, h1[k], out)
-            tl.store(h1_ptr + base + e, x0, inside)
-        if HISTORY >= 2:
-            out = tl.fma(x_h2, h2[k], out)
-            tl.store(h2_ptr + base + e, h1[k], inside)
-        if NOISE:
-            out = tl.fma(x_z, z[k], out)
-        tl.store(out_ptr + base + e, out, inside)
-        if WRITE_X0:
-            tl.store(x0_ptr + base + e, x0, inside)
-        if WRITE_INPUT:
-            tl.store(input_ptr + base + in_memory(e, PLANE, CHANNELS), c_in * out, inside)
-    tl.store(nonfinite_ptr + sample + tl.zeros_like(lane), step + 1, clean & (check != 0.0))
+    tl.store(out_ptr + base + e, out, inside)
+    if WRITE_X0:
+        tl.store(x0_ptr + base + e, x0, inside)
+    if HISTORY >= 1:
+        tl.store(h1_ptr + base + e, x0, inside)
+    if HISTORY >= 2:
+        tl.store(h2_ptr + base + e, h1, inside)
+    if WRITE_INPUT:
+        following = c_in * out if SCALED else out
+        at = input_ptr + base + in_memory(e, PLANE, CHANNELS // 2 if LEARNED else CHANNELS)
+        tl.store(at, following, inside)
+        if GUIDED:
+            tl.store(at + tl.num_programs(0).to(tl.int64) * n, following, inside)
+    check = tl.sum(check.reshape(BLOCK // VECTOR, VECTOR), axis=1)  # of lanes that are in one thread
+    tl.store(nonfinite_ptr + sample + tl.arange(0, BLOCK // VECTOR) * 0, step + 1, clean & (check != 0.0))
 
 
 def launch_reverse_step(
@@ -105,28 +141,41 @@ def launch_reverse_step(
     x0: torch.Tensor | None = None,
     h1: torch.Tensor | None = None,
     h2: torch.Tensor | None = None,
+    guidance: torch.Tensor | None = None,
+    rescale: torch.Tensor | None = None,
+    bound: torch.Tensor | None = None,
+    known: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
     limited: bool,
     noise: bool,
-    block: int = 512,
+    learned: bool = False,
+    direct: bool = True,
+    scaled: bool = True,
+    block: int | None = None,
 ) -> None:
     """One launch of the step kernel; the tensors are those of the kernel's signature. `out` may be `x`.
 
-    `model_output` and `model_input` are both contiguous, or both channels_last. Block and warps are a first choice, not
-    yet measured on a GPU: 16 elements a thread keep 64 bytes of each float32 tensor in flight at 72 registers.
+    `model_output` and `model_input` are both contiguous, or both channels_last.
     """
     if x.numel() == 0:
         return
     n = x[0].numel()
-    q = const.chunk(n)
+    q, by = const.chunk(n), division(n, block)
     plane, channels = memory_order(model_output)
-    reverse_step_kernel[grid(x.shape[0], q, block)](
+    unused = x  # stands for each pointer that this variant doesn't have
+    reverse_step_kernel[grid(x.shape[0], q, by.block)](
         x,
         model_output,
         out,
-        x if model_input is None else model_input,
-        x if x0 is None else x0,
-        x if h1 is None else h1,
-        x if h2 is None else h2,
+        unused if model_input is None else model_input,
+        unused if x0 is None else x0,
+        unused if h1 is None else h1,
+        unused if h2 is None else h2,
+        unused if known is None else known,
+        unused if mask is None else mask.view(torch.uint8),
+        unused if guidance is None else guidance,
+        unused if rescale is None else rescale,
+        unused if bound is None else bound,
         nonfinite,
         table,
         cursor,
@@ -134,14 +183,23 @@ def launch_reverse_step(
         n,
         q,
         LIMITED=limited,
+        DYNAMIC=bound is not None,
         NOISE=noise,
+        LEARNED=learned,
+        DIRECT=direct,
         HISTORY=(h1 is not None) + (h2 is not None),
+        INPAINT=known is not None,
+        GUIDED=guidance is not None,
+        RESCALED=rescale is not None,
         WRITE_INPUT=model_input is not None,
+        SCALED=scaled,
         WRITE_X0=x0 is not None,
         PLANE=plane,
         CHANNELS=channels,
-        BLOCK=block,
-        num_warps=4,
+        FULL=by.full,
+        VECTOR=by.vector,
+        BLOCK=by.block,
+        num_warps=by.warps,
         enable_fp_fusion=True,
     )
 

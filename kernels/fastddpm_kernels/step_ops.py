@@ -1,0 +1,181 @@
+"""The public ops of the reverse step: each checks what it is given, fills in defaults, and calls the registered op."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import columns as col
+from . import step_registration  # noqa: F401 (defines the ops)
+from .ops import FLOATS, check, check_index
+
+
+def reverse_step(
+    x: Tensor,
+    model_output: Tensor,
+    table: Tensor,
+    cursor: Tensor,
+    seeds: Tensor,
+    *,
+    h1: Tensor | None = None,
+    h2: Tensor | None = None,
+    guidance: Tensor | None = None,
+    rescale: Tensor | None = None,
+    known: Tensor | None = None,
+    mask: Tensor | None = None,
+    limited: bool = True,
+    dynamic: bool = False,
+    noise: bool = True,
+    learned: bool = False,
+    direct: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One reverse step of each sample, by the table's row that its cursor is at; `columns` has the formulas.
+
+    With DDPM's rows this is x_{t-1} = posterior mean(x_0, x_t) + sigma_t z (Ho et al. 2020, eq. 7 and algorithm 2).
+
+    Args:
+        x: state [B, ...], float32 (float64 on the CPU, with a float64 table).
+        model_output: float32, bfloat16 or float16, contiguous or channels_last, shaped as x. With `guidance` it has 2 B
+            samples, the unconditional ones first; with `learned`, twice as many channels (the second dimension).
+        table: float32 [rows, len(COLUMNS)], contiguous; its coefficients are not checked.
+        cursor: int32 [B], each sample's row; not checked against the table's length.
+        seeds: int64 [B]; the noise is normal(seed, stream 1, the row's step).
+        h1, h2: float32, the predicted clean samples of the last two rows, where the table has history.
+        guidance: float32 [B], each sample's weight w of classifier-free guidance, m = m_u + w (m_c - m_u)
+            (Ho & Salimans 2022, eq. 6, with w = 1 + theirs; 1 is the conditional model alone).
+        rescale: float32 [B], phi of each sample: how far the guided output's deviation is brought back to that of the
+            conditional one (Lin et al. 2023, eq. 15-16). 0: not at all.
+        known, mask: a known sample, float32, and where it is known, bool, both shaped as x: there x' is
+            k_x known + k_z z, with z of stream 3 (inpainting; Lugmayr et al. 2022, eq. 8a).
+        limited: whether any row has a finite `clip`. False leaves the clamp out.
+        dynamic: whether any row has a `ratio`: dynamic thresholding (Imagen, arXiv 2205.11487).
+        noise: whether any row has `x_z`. False leaves the noise out.
+        learned: whether the noise's scale is learned: x_z 2^(s_0 + s_v v), with v the output's second half of channels.
+        direct: whether any row has `x_m`. False leaves the term out.
+
+    Returns:
+        (x', x0, nonfinite): the new state; the limited prediction of the clean sample (the next row's h1); int32 [B],
+        0 where all of x0 (and v) was finite before the limit, else the row's step + 1.
+
+    Raises:
+        ValueError: where a shape or a dtype is not as above.
+    """
+    _check_reverse_step(x, model_output, table, cursor, seeds, h1, h2, guidance, rescale, known, mask, learned)
+    read = (guidance, rescale, known, mask, limited, dynamic, noise, learned, direct)
+    return torch.ops.fastddpm.reverse_step(x, model_output, table, cursor, seeds, h1, h2, *read)
+
+
+def reverse_step_(
+    x: Tensor,
+    model_output: Tensor,
+    table: Tensor,
+    cursor: Tensor,
+    seeds: Tensor,
+    nonfinite: Tensor,
+    *,
+    h1: Tensor | None = None,
+    h2: Tensor | None = None,
+    model_input: Tensor | None = None,
+    x0: Tensor | None = None,
+    guidance: Tensor | None = None,
+    rescale: Tensor | None = None,
+    known: Tensor | None = None,
+    mask: Tensor | None = None,
+    limited: bool = True,
+    dynamic: bool = False,
+    noise: bool = True,
+    learned: bool = False,
+    direct: bool = True,
+    scaled: bool = True,
+) -> None:
+    """`reverse_step` over buffers that stay: writes x, h1, h2, and where given x0 and the next model input.
+
+    `model_input` (any float dtype, contiguous or channels_last) gets ``c_in * x'`` with the c_in of the row that the
+    sample comes to next; twice, one behind the other, where there is guidance. `scaled` False: all c_in are 1.
+    `nonfinite`, int32 [B], keeps the first bad step + 1 of each sample. The cursor stays: see `advance_`. All but
+    `model_output` and `model_input` must be contiguous.
+    """
+    _check_reverse_step(x, model_output, table, cursor, seeds, h1, h2, guidance, rescale, known, mask, learned)
+    check_index("nonfinite", nonfinite, x.shape[0], (torch.int32,))
+    for name, buffer in (("x", x), ("h1", h1), ("h2", h2), ("x0", x0), ("nonfinite", nonfinite)):
+        check(buffer is None or buffer.is_contiguous(), f"{name} is not contiguous; it is written in place")
+    if x0 is not None:
+        _check_like("x0", x0, x)
+        check(x0.dtype == x.dtype, f"x0 and x differ in dtype; x is {x.dtype}")
+    if model_input is not None:
+        _check_like("model_input", model_input, x, samples=2 if guidance is not None else 1)
+        last = model_input.ndim == 4 and model_input.is_contiguous(memory_format=torch.channels_last)
+        check(model_input.is_floating_point(), f"model_input is {model_input.dtype}; needed: a float dtype")
+        check(model_input.is_contiguous() or last, "model_input is written in place; make it contiguous")
+    read = (guidance, rescale, known, mask, limited, dynamic, noise, learned, direct, scaled)
+    torch.ops.fastddpm.reverse_step_(x, model_output, table, cursor, seeds, h1, h2, model_input, x0, nonfinite, *read)
+
+
+def _check_like(name: str, like: Tensor, x: Tensor, samples: int = 1, channels: int = 1) -> None:
+    expected = (samples * x.shape[0], *x.shape[1:])
+    if channels > 1 and x.ndim > 1:
+        expected = (*expected[:1], channels * x.shape[1], *expected[2:])
+    more = f"; needed: {expected}" if samples * channels > 1 else ""
+    check(like.shape == expected, f"{name} has shape {tuple(like.shape)}; x has {tuple(x.shape)}{more}")
+    check(like.device == x.device, f"{name} is on {like.device}; x is on {x.device}")
+
+
+def _check_reverse_step(
+    x: Tensor,
+    model_output: Tensor,
+    table: Tensor,
+    cursor: Tensor,
+    seeds: Tensor,
+    h1: Tensor | None,
+    h2: Tensor | None,
+    guidance: Tensor | None,
+    rescale: Tensor | None,
+    known: Tensor | None,
+    mask: Tensor | None,
+    learned: bool,
+) -> None:
+    exact = x.device.type == "cpu" and x.dtype == torch.float64
+    check(x.dtype == torch.float32 or exact, f"x is {x.dtype}; the state is float32 (float64 on the CPU)")
+    check(not learned or x.ndim > 1, f"x has shape {tuple(x.shape)}; a learned variance needs channels")
+    _check_like("model_output", model_output, x, 2 if guidance is not None else 1, 2 if learned else 1)
+    check(model_output.dtype in FLOATS or exact, f"model_output is {model_output.dtype}; needed: {FLOATS}")
+    for name, like in (("h1", h1), ("h2", h2), ("known", known)):
+        if like is not None:
+            _check_like(name, like, x)
+            check(like.dtype == x.dtype, f"{name} is {like.dtype}; x is {x.dtype}")
+    check(h2 is None or h1 is not None, "h2 is given without h1")
+    check((known is None) == (mask is None), "known and mask go together; one is given without the other")
+    if mask is not None:
+        _check_like("mask", mask, x)
+        check(mask.dtype == torch.bool, f"mask is {mask.dtype}; needed: torch.bool")
+    check(rescale is None or guidance is not None, "rescale is given without guidance")
+    for name, weight in (("guidance", guidance), ("rescale", rescale)):
+        if weight is not None:
+            check_index(name, weight, x.shape[0], (x.dtype,))
+    _check_table(table, x.dtype, x.device)
+    check_index("cursor", cursor, x.shape[0], (torch.int32,))
+    check_index("seeds", seeds, x.shape[0], (torch.int64,))
+
+
+def _check_table(table: Tensor, dtype: torch.dtype, device: torch.device) -> None:
+    check(
+        table.ndim == 2
+        and table.shape[1] == len(col.COLUMNS)
+        and table.dtype == dtype
+        and table.is_contiguous()
+        and table.device == device,
+        f"table is {table.dtype} {tuple(table.shape)} on {table.device}; needed: {dtype} "
+        f"[rows, {len(col.COLUMNS)}] on {device}, contiguous",
+    )
+
+
+def advance_(cursor: Tensor, t: Tensor, table: Tensor) -> None:
+    """Move each cursor (int32 [B]) to its next row, in place, and write that row's time input to `t` ([B], any dtype).
+
+    At an identity row a cursor stays.
+    """
+    check_index("cursor", cursor, cursor.shape[0], (torch.int32,))
+    check(t.shape == cursor.shape, f"t has shape {tuple(t.shape)}; cursor has {tuple(cursor.shape)}")
+    check(cursor.is_contiguous() and t.is_contiguous(), "cursor and t are written in place; make them contiguous")
+    _check_table(table, table.dtype, cursor.device)
+    torch.ops.fastddpm.advance_(cursor, t, table)
