@@ -59,7 +59,8 @@ def ours_line(run: Mapping[str, Any]) -> str:
         )
     return (
         "`fastddpm reference` is what the ops run on a CPU, plain PyTorch in float32, written to be read. It is no "
-        "Triton kernel: no figure here says anything of one. Caches are warm, so at small sizes the copy is a cache's."
+        "Triton kernel: no figure here says anything of one. Caches are warm, so the copy is no strict roof: it is a "
+        "cache's up to some 10 MB, and who touches less memory than its source and target can pass it."
     )
 
 

@@ -26,7 +26,7 @@ import torch
 
 from benchmarks import command, results, suite
 from benchmarks.cases import shapes
-from benchmarks.measure import load_average, machine, table
+from benchmarks.measure import keep_heap, load_average, machine, table
 from fastddpm.errors import InputError
 
 
@@ -121,7 +121,9 @@ def main(short: bool, out: Path, names: str, device_name: str, threads: int) -> 
     if device.type == "cuda":
         torch.cuda.set_device(device)
     torch.set_num_threads(threads)  # one by default: on a machine that others use, the only figures that repeat
+    kept = keep_heap()
     record = run(chosen, suite.Plan.of(device, short=short), short=short)
+    record["machine"]["heap_kept"] = kept
     for name, reason in record["left_out"].items():
         click.echo(f"\nleft out: {name}: {reason}")
     click.echo(f"\nwrote {results.write(out, record)}")
