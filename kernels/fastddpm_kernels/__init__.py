@@ -13,20 +13,13 @@ if TYPE_CHECKING:
     from .ops import add_noise, normal, q_sample
     from .step_ops import advance_, reverse_step, reverse_step_
 
-_HOME = {
-    "add_noise": "ops",
-    "advance_": "step_ops",
-    "normal": "ops",
-    "q_sample": "ops",
-    "reverse_step": "step_ops",
-    "reverse_step_": "step_ops",
-}
 __all__ = ["add_noise", "advance_", "normal", "q_sample", "reverse_step", "reverse_step_"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    if name in __all__:  # both modules: one name is enough for all of torch.ops.fastddpm
+        homes = [import_module(f".{home}", __name__) for home in ("ops", "step_ops")]
+        return next(getattr(home, name) for home in homes if hasattr(home, name))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -1,4 +1,4 @@
-"""The step's ops as `torch.library` knows them; see `registration`. `step_ops` has the functions that check and call these."""
+"""The step's ops as `torch.library` knows them (see `registration`); `step_ops` has the functions that call these."""
 
 from __future__ import annotations
 
@@ -186,11 +186,9 @@ def _reverse_step_cuda(
     out, x0 = contiguous_like(x), contiguous_like(x)
     nonfinite = torch.zeros_like(cursor, dtype=torch.int32)
     # The kernel moves the history on: not in the caller's tensors.
-    earlier = {
-        k: None if h is None else h.clone(memory_format=torch.contiguous_format) for k, h in (("h1", h1), ("h2", h2))
-    }
+    h1, h2 = (None if h is None else h.clone(memory_format=torch.contiguous_format) for h in (h1, h2))
     m = _in_model_order(model_output)
-    _launch(x.contiguous(), m, table, cursor, seeds, nonfinite, *read, out=out, x0=x0, **earlier)
+    _launch(x.contiguous(), m, table, cursor, seeds, nonfinite, *read, out=out, x0=x0, h1=h1, h2=h2)
     return out, x0, nonfinite
 
 
