@@ -91,7 +91,7 @@ def full_table(record: Mapping[str, Any], host: Mapping[str, float | None], *, c
         if not c["gate"]["passed"]:
             lines.append([name, f"failed: {c['gate']['reasons'][0]}", *[NONE] * (len(head) - 2)])
             continue
-        us, bare = c["us"], c["role"] == "roof"
+        us = c["us"]
         lines.append(
             [
                 name,
@@ -105,7 +105,7 @@ def full_table(record: Mapping[str, Any], host: Mapping[str, float | None], *, c
                 number(host.get(name)),
                 number(c["x_best"], ".2f"),
                 number(c["x_eager"], ".2f"),
-                NONE if bare else f"{c['gate']['error']:.1e}",
+                number(c["gate"]["error"], ".1e"),
             ]
         )
     return markdown_table(head, lines)

@@ -58,6 +58,12 @@ def gpu_facts(device: torch.device) -> dict[str, Any]:
     }
 
 
+def error(contender: dict[str, Any]) -> str:
+    """Its greatest difference from float64."""
+    value = contender["gate"]["error"]
+    return "-" if value is None else f"{value:.1e}"
+
+
 def rows(record: dict[str, Any]) -> dict[str, dict[str, str]]:
     """A case at a size as a text table; what failed has no figures."""
     made = {}
@@ -66,7 +72,7 @@ def rows(record: dict[str, Any]) -> dict[str, dict[str, str]]:
         if c["gate"]["passed"]:
             us = c["us"]
             cells |= {"us": f"{us['median']:.1f}", "p10 ... p90": f"{us['p10']:.1f} ... {us['p90']:.1f}"}
-            cells |= {"GB/s": f"{c['gb_per_s']:.2f}", "error": f"{c['gate']['error']:.1e}"}
+            cells |= {"GB/s": f"{c['gb_per_s']:.2f}", "error": error(c)}
             ratios = {"of copy": "of_copy", "x best": "x_best", "x eager": "x_eager"}
             cells |= {title: f"{c[key]:.2f}" for title, key in ratios.items() if c[key] is not None}
         else:

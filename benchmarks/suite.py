@@ -161,8 +161,8 @@ class Measurement:
 
 
 def gate_record(gate: Gate) -> dict[str, Any]:
-    """The gate, for JSON."""
-    error = gate.error if math.isfinite(gate.error) else None
+    """The gate, for JSON; no error where it isn't finite, or where only statistics or bytes were compared."""
+    error = gate.error if math.isfinite(gate.error) and gate.tolerance > 0 else None
     return {"passed": gate.passed, "error": error, "tolerance": gate.tolerance, "reasons": gate.reasons}
 
 
