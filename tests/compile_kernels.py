@@ -26,7 +26,7 @@ from triton.compiler import ASTSource
 
 TARGETS = (80, 90, 100)
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int32": "*i32", "int64": "*i64"}
+TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int32": "*i32", "int64": "*i64", "uint8": "*u8"}
 Launch = tuple[ASTSource, dict[str, Any]]
 
 
@@ -69,14 +69,19 @@ def variants() -> dict[str, Launch]:
     made = {}
     seeds, cursor, t = torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int32), torch.zeros(2).long()
 
-    def reverse(dtype=torch.bfloat16, *, shape=(2, 3, 32, 32), history=0, x0=False, last=False, **flags):
+    def reverse(dtype=torch.bfloat16, *, shape=(2, 3, 32, 32), history=0, x0=False, last=False, guided=False, **flags):
+        """As the DDPM sampler launches it, but for what is said."""
         x, table = torch.zeros(shape), torch.zeros(4, len(COLUMNS))
-        m = torch.zeros(shape, dtype=dtype)
+        m = torch.zeros(2 * shape[0] if guided else shape[0], *shape[1:], dtype=dtype)
         m = m.to(memory_format=torch.channels_last) if last else m
         buffers = {"h1": x if history >= 1 else None, "h2": x if history >= 2 else None, "x0": x if x0 else None}
-        flags = {"limited": True, "noise": True} | flags
+        buffers |= {name: torch.zeros(shape[0]) for name in ("guidance", "rescale") if guided}
+        buffers |= {"bound": torch.zeros(shape[0], 2)} if flags.pop("dynamic", False) else {}
+        buffers |= {"known": x, "mask": x > 0} if flags.pop("inpaint", False) else {}
+        flags = {"limited": True, "noise": True, "direct": False, "scaled": False} | flags
         launch = partial(reverse_step_kernel.launch_reverse_step, out=x, model_input=m, **buffers, **flags)
-        return launched(reverse_step_kernel, "reverse_step_kernel", launch, x, m, table, cursor, seeds, cursor)
+        output = torch.cat([m, m], dim=1) if flags.get("learned") else m
+        return launched(reverse_step_kernel, "reverse_step_kernel", launch, x, output, table, cursor, seeds, cursor)
 
     for dtype, short in ((torch.float32, "fp32"), (torch.bfloat16, "bf16"), (torch.float16, "fp16")):
         made[f"reverse_step-{short}"] = reverse(dtype)
@@ -84,14 +89,22 @@ def variants() -> dict[str, Launch]:
         q = partial(launched, q_sample_kernel, "q_sample_kernel", q_sample_kernel.launch_q_sample, x, x, x, t, pairs)
         made[f"q_sample-{short}"] = q(seeds, step=1)
         made[f"add_noise-{short}"] = q()
+    made["reverse_step-masked"] = reverse(shape=(2, 1, 28, 28))
     made["reverse_step-odd"] = reverse(shape=(2, 3, 5, 7))
     made["reverse_step-one"] = reverse(shape=(2, 1))
-    made["reverse_step-ddim"] = reverse(noise=False)
+    made["reverse_step-ddim"] = reverse(noise=False, direct=True)
     made["reverse_step-unlimited"] = reverse(limited=False)
-    made["reverse_step-history1"] = reverse(history=1, noise=False)
+    made["reverse_step-dynamic"] = reverse(dynamic=True)
+    made["reverse_step-scaled"] = reverse(scaled=True, direct=True)
+    made["reverse_step-guided"] = reverse(guided=True)
+    made["reverse_step-learned"] = reverse(learned=True)
+    made["reverse_step-inpaint"] = reverse(inpaint=True)
+    made["reverse_step-history1"] = reverse(history=1, noise=False, direct=True)
     made["reverse_step-history2"] = reverse(history=2)
     made["reverse_step-x0"] = reverse(x0=True)
     made["reverse_step-channels_last"] = reverse(last=True)
+    everything = dict(history=2, x0=True, guided=True, learned=True, inpaint=True, dynamic=True, direct=True)
+    made["reverse_step-everything"] = reverse(scaled=True, **everything)
     made["normal"] = launched(philox, "normal_kernel", philox.launch_normal, x.float(), seeds, step=1, stream=0)
     launch, table = reverse_step_kernel.launch_advance, torch.zeros(4, len(COLUMNS))
     made["advance"] = launched(reverse_step_kernel, "advance_kernel", launch, cursor, t, table)

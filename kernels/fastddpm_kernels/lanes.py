@@ -13,8 +13,8 @@ import triton.language as tl
 
 from .constants import chunk
 
-# 32 elements a thread share the loads of a table row, addresses and the key schedule: with 16 the DDPM step has 6
-# instructions an element more [compiled for sm_90].
+# 32 elements a thread share the loads of a table row, the addresses and the key schedule: with 16 the DDPM step has 7
+# instructions an element more [compiled for sm_90]. A step that reads more than 4 tensors has 16, to spare registers.
 LANES_A_THREAD = 8
 
 
@@ -24,23 +24,20 @@ class Division(NamedTuple):
     block: int  # lanes of a program
     full: bool  # samples fill all programs, so that no access needs a mask
     vector: int  # adjacent lanes of a thread
-
-    @property
-    def warps(self) -> int:
-        """Warps of a program."""
-        return max(1, self.block // (32 * LANES_A_THREAD))
+    warps: int  # of a program
 
 
-def division(n: int, block: int | None = None, width: int = 4) -> Division:
+def division(n: int, block: int | None = None, *, width: int = 4, tensors: int = 1) -> Division:
     """The division of samples of n elements: the largest block that divides their lanes, or `block`.
 
-    `width` is the bytes of an element of the widest tensor. Not measured on a GPU yet.
+    `width` is the bytes of an element of the widest tensor, `tensors` how many are read. Not measured on a GPU yet.
     """
     q = chunk(n)
     vector = 16 // width if n % 16 == 0 else 1  # samples begin at 16-byte boundaries, or they don't
     if block is None:
         block = next((b for b in (1024, 512, 256) if q % b == 0), 512 if q > 256 else 256)
-    return Division(block, n == 4 * q and q % block == 0, vector)
+    lanes = LANES_A_THREAD if tensors <= 4 else LANES_A_THREAD // 2
+    return Division(block, n == 4 * q and q % block == 0, vector, max(1, block // (32 * lanes)))
 
 
 def grid(batch: int, q: int, block: int) -> tuple[int, int]:

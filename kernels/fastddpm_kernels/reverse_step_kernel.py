@@ -160,7 +160,9 @@ def launch_reverse_step(
     if x.numel() == 0:
         return
     n = x[0].numel()
-    q, by = const.chunk(n), division(n, block)
+    history = (h1 is not None) + (h2 is not None)
+    tensors = 2 + history + learned + (guidance is not None) + (known is not None)
+    q, by = const.chunk(n), division(n, block, tensors=tensors)
     plane, channels = memory_order(model_output)
     unused = x  # stands for each pointer that this variant doesn't have
     reverse_step_kernel[grid(x.shape[0], q, by.block)](
@@ -187,7 +189,7 @@ def launch_reverse_step(
         NOISE=noise,
         LEARNED=learned,
         DIRECT=direct,
-        HISTORY=(h1 is not None) + (h2 is not None),
+        HISTORY=history,
         INPAINT=known is not None,
         GUIDED=guidance is not None,
         RESCALED=rescale is not None,

@@ -1,0 +1,318 @@
+"""The step kernel's variants against float64: guidance, learned variance, inpainting, bounds, what flags leave out."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from fastddpm_kernels import columns as col
+from fastddpm_kernels import reference, reverse_step, reverse_step_, step_registration
+from fastddpm_kernels.lanes import division, memory_order
+from fastddpm_kernels.reverse_step_kernel import launch_reverse_step
+from helpers import DEVICE, Guarded, fenced, random_table, store_error
+from torch import Tensor
+
+EPS, NORMAL_ERROR, BATCH = 2.0**-24, 4e-6, 3
+CURSOR = torch.tensor([0, 3, 4], dtype=torch.int32, device=DEVICE)
+SEEDS = torch.tensor([5, -6, 2**50], device=DEVICE)
+
+
+def values(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def inputs(shape, dtype, *, guided=False, learned=False, history=0, inpaint=False, last=False) -> dict[str, Tensor]:
+    """The state and whatever else a variant reads, each between NaN."""
+    samples, channels = (2 if guided else 1) * BATCH, (2 if learned else 1) * shape[0]
+    m = values(samples, channels, *shape[1:], seed=1, dtype=dtype)
+    given = {"x": values(BATCH, *shape, seed=0), "m": m.to(memory_format=torch.channels_last) if last else m}
+    given |= {f"h{k}": values(BATCH, *shape, seed=2 + k) for k in range(1, history + 1)}
+    if inpaint:
+        given["known"] = values(BATCH, *shape, seed=5)
+    given = {name: fenced(v) for name, v in given.items()}
+    if inpaint:
+        given["mask"] = (values(BATCH, *shape, seed=6) > 0).to(DEVICE)
+    if guided:
+        given["guidance"] = torch.tensor([1.0, 7.5, -0.5], device=DEVICE)
+    return given
+
+
+def launched(table, *, limited=True, noise=True, learned=False, last=False, block=64, x, m, **read):
+    """The kernel's (x', model input, x0, h1', h2'), after a look at the guards."""
+    shape = tuple(x.shape)
+    histories = {k: fenced(read.pop(k)) for k in ("h1", "h2") if k in read}
+    out, clean, flags = Guarded(shape), Guarded(shape), Guarded(shape[:1], torch.int32)
+    model_input = Guarded((2 * BATCH if "guidance" in read else BATCH, *shape[1:]), m.dtype, channels_last=last)
+    buffers = dict(out=out.tensor, model_input=model_input.tensor, x0=clean.tensor, **histories, **read)
+    flag = dict(limited=limited, noise=noise, learned=learned)
+    launch_reverse_step(x, m, table.float(), CURSOR, SEEDS, flags.tensor, block=block, **buffers, **flag)
+    assert all(g.intact() for g in (out, clean, flags, model_input))
+    assert not flags.tensor.any()
+    return out.tensor, model_input.tensor, clean.tensor, histories.get("h1"), histories.get("h2")
+
+
+def column(table, index, like):
+    return table.float().double()[CURSOR.long(), index].reshape(-1, *[1] * (like.ndim - 1))
+
+
+def magnitude_of_prediction(m, guidance, learned):
+    """The sum of the absolute terms of the guided m."""
+    m = m.double().abs()
+    m = m.chunk(2, dim=1)[0] if learned else m
+    if guidance is None:
+        return m
+    unconditional, conditional = m.chunk(2)
+    return unconditional + guidance.double().abs().reshape(-1, 1, 1, 1) * (conditional + unconditional)
+
+
+def check(table, given, *, limited=True, noise=True, learned=False, last=False, block=64):
+    """Every output against float64, within the bound of the arithmetic that made it."""
+    x, m = given["x"], given["m"]
+    read = {k: v for k, v in given.items() if k not in ("x", "m")}
+    step = table[CURSOR.long(), col.STEP].long()
+    z, known_z = (
+        reference.normal(SEEDS, x.shape[1:], step=step, stream=stream, dtype=torch.float64) for stream in (1, 3)
+    )
+    double = {k: v.double() if v.is_floating_point() else v for k, v in read.items()}
+    flags = dict(limited=limited, learned=learned)
+    exact = reference.reverse_step(
+        x.double(),
+        m.double(),
+        table.float().double(),
+        CURSOR,
+        z if noise else None,
+        known_noise=known_z,
+        **double,
+        **flags,
+    )
+    c = {name: column(table, i, x) for i, name in enumerate(col.COLUMNS)}
+    size_m = magnitude_of_prediction(m, read.get("guidance"), learned) * c["advance"]
+    size_x0 = (c["x0_x"] * x).abs() + c["x0_m"].abs() * size_m
+    size = (c["x_x"] * x).abs() + c["x_x0"].abs() * size_x0 + c["x_m"].abs() * size_m
+    size += sum((c[f"x_{h}"] * read[h]).abs() for h in ("h1", "h2") if h in read)
+    noise_error = 0.0
+    if noise:
+        scale = c["x_z"].abs()
+        if learned:  # of 2^a an error of a is relative; and ex2 has 2^-22
+            v = m.double()[-BATCH:].chunk(2, dim=1)[1] * c["advance"]
+            scale = scale * torch.exp2(c["s_0"] + c["s_v"] * v)
+            exponent = c["s_0"].abs() + (c["s_v"] * v).abs()
+            noise_error = scale * z.abs() * (2.0**-22 + 2 * EPS * exponent)
+        noise_error = noise_error + NORMAL_ERROR * scale
+        size += scale * z.abs()
+    if "known" in read:
+        size += (c["k_x"] * read["known"]).abs() + (c["k_z"] * known_z).abs()
+        noise_error = noise_error + NORMAL_ERROR * c["k_z"].abs()
+
+    out, model_input, x0, h1, h2 = launched(table, **given, **flags, noise=noise, last=last, block=block)
+    bound = 6 * EPS * size + noise_error + store_error(exact.x, torch.float32)
+    assert ((out - exact.x).abs() <= bound).all()
+    assert ((x0 - exact.x0).abs() <= 6 * EPS * size_x0 + store_error(exact.x0, torch.float32)).all()
+    following = CURSOR.long() + table[CURSOR.long(), col.ADVANCE].long()
+    scaled = table.float().double()[following, col.C_IN].reshape(-1, 1, 1, 1) * out.double()
+    for half in model_input.split(BATCH):
+        allowed = 2 * EPS * scaled.abs() + store_error(scaled, m.dtype) * (1 + 1e-3) + torch.finfo(m.dtype).tiny
+        assert ((half.double() - scaled).abs() <= allowed).all()
+    assert h1 is None or torch.equal(h1, x0)
+    assert h2 is None or torch.equal(h2, read["h1"])
+
+
+VARIANTS = [
+    dict(guided=True),
+    dict(learned=True),
+    dict(inpaint=True),
+    dict(guided=True, learned=True),
+    dict(guided=True, inpaint=True, history=1),
+    dict(learned=True, inpaint=True, history=2),
+    dict(guided=True, learned=True, inpaint=True, history=2),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(v))
+@pytest.mark.parametrize("shape", [(3, 5, 7), (1, 4, 4)])
+def test_a_variant_against_float64(variant, shape, dtype):
+    table = random_table(6, history=variant.get("history", 0))
+    check(table, inputs(shape, dtype, **variant), learned=variant.get("learned", False))
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(v))
+def test_a_variant_that_fills_its_blocks(variant):
+    """32 x 32: the program without masks, as the launcher chooses it."""
+    assert division(1024).full
+    table = random_table(6, history=variant.get("history", 0))
+    given = inputs((1, 32, 32), torch.bfloat16, **variant)
+    check(table, given, learned=variant.get("learned", False), block=None)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(v))
+def test_channels_last_is_the_same(variant):
+    learned = variant.get("learned", False)
+    table = random_table(6, history=variant.get("history", 0))
+    plain = inputs((3, 5, 7), torch.bfloat16, **variant)
+    last = inputs((3, 5, 7), torch.bfloat16, **variant, last=True)
+    assert memory_order(last["m"])[0] == 35
+    made = launched(table, **plain, learned=learned)
+    other = launched(table, **last, learned=learned, last=True)
+    for a, b in zip(made, other, strict=True):
+        assert a is None or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("block", [128, 1024])
+def test_block_size_does_not_matter(block):
+    variant = dict(guided=True, learned=True, inpaint=True, history=2)
+    table, given = random_table(6), inputs((3, 5, 7), torch.float32, **variant)
+    for a, b in zip(
+        launched(table, **given, learned=True), launched(table, **given, learned=True, block=block), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+def test_guidance_of_1_is_the_conditional_model_and_of_0_the_unconditional_one():
+    table, given = random_table(6, history=0), inputs((3, 5, 7), torch.float32, guided=True)
+    unconditional, conditional = given["m"].chunk(2)
+    for weight, m in ((0.0, unconditional), (1.0, conditional)):
+        weights = torch.full((BATCH,), weight, device=DEVICE)
+        made = launched(table, **given | {"guidance": weights})[0]
+        alone = launched(table, x=given["x"], m=fenced(m))[0]
+        assert (made - alone).abs().max() <= 1e-5
+
+
+def test_a_rescaled_prediction_is_multiplied_by_its_factor():
+    table, given = random_table(6, history=0), inputs((3, 5, 7), torch.float32, guided=True)
+    factor = torch.tensor([0.5, 1.0, 2.0], device=DEVICE)
+    made = launched(table, **given, rescale=factor)[0]
+    unconditional, conditional = given["m"].chunk(2)
+    m = reference.guided(conditional, unconditional, given["guidance"]) * factor.reshape(-1, 1, 1, 1)
+    assert (made - launched(table, x=given["x"], m=fenced(m))[0]).abs().max() <= 2e-5
+
+
+def test_a_bound_limits_and_scales():
+    table, given = random_table(6, history=0, noise=False), inputs((3, 5, 7), torch.float32)
+    bound = torch.tensor([[0.5, 2.0], [0.25, 4.0], [1e9, 1.0]], device=DEVICE)
+    raw = launched(table, **given, limited=False, noise=False)[2]
+    x0 = launched(table, **given, bound=bound, noise=False)[2]
+    s, scale = (b.reshape(-1, 1, 1, 1) for b in bound.unbind(1))
+    assert torch.equal(x0, raw.clamp(-s, s) * scale)
+    assert x0[0].abs().max() == 1.0
+
+
+@pytest.mark.parametrize("what", ["direct", "scaled"])
+def test_a_flag_leaves_a_term_out(what):
+    """Where the column is neutral the result is the same to the bit; where not, the term is gone."""
+    table, given = random_table(6, history=0), inputs((3, 5, 7), torch.float32)
+    neutral = table.clone()
+    neutral[:, col.X_M if what == "direct" else col.C_IN] = 0.0 if what == "direct" else 1.0
+    results = {}
+    for name, rows, flag in itertools.chain.from_iterable(
+        [(f"{n}{f}", r, f) for f in (True, False)] for n, r in (("full", table), ("neutral", neutral))
+    ):
+        out, model_input = torch.empty_like(given["x"]), torch.empty_like(given["x"])
+        flags = {"limited": True, "noise": True, what: flag}
+        buffers = dict(out=out, model_input=model_input)
+        launch_reverse_step(
+            given["x"], given["m"], rows.float(), CURSOR, SEEDS, CURSOR * 0, **buffers, **flags, block=64
+        )
+        results[name] = model_input
+    assert torch.equal(results["neutralTrue"], results["neutralFalse"])
+    assert torch.equal(results["fullFalse"], results["neutralFalse"])
+    assert not torch.equal(results["fullTrue"], results["fullFalse"])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # numpy says so where a GPU would not
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_variance_that_is_not_finite_is_flagged(bad):
+    table, given = random_table(6, history=0), inputs((3, 5, 7), torch.float32, learned=True)
+    given["m"][1, 4, 2, 2] = bad  # channel 1 of v
+    flags, out = torch.zeros(BATCH, dtype=torch.int32, device=DEVICE), torch.empty_like(given["x"])
+    launch = dict(out=out, limited=True, noise=True, learned=True, block=64)
+    launch_reverse_step(given["x"], given["m"], table.float(), CURSOR, SEEDS, flags, **launch)
+    assert flags.tolist() == [0, 4, 0]
+    on_cpu = reverse_step(
+        given["x"].cpu(), given["m"].cpu(), table.float().cpu(), CURSOR.cpu(), SEEDS.cpu(), learned=True
+    )
+    assert on_cpu[2].tolist() == [0, 4, 0]
+
+
+def test_a_finished_sample_stays_in_every_variant():
+    variant = dict(guided=True, learned=True, inpaint=True, history=2)
+    table, given = random_table(6), inputs((3, 5, 7), torch.float32, **variant)
+    given["m"].fill_(math.nan)
+    out = torch.empty_like(given["x"])
+    flags, done = torch.zeros_like(CURSOR), torch.full_like(CURSOR, 5)
+    read = {k: v for k, v in given.items() if k not in ("x", "m")}
+    launch = dict(out=out, limited=True, noise=True, learned=True, block=64)
+    launch_reverse_step(given["x"], given["m"], table.float(), done, SEEDS, flags, **launch, **read)
+    assert torch.equal(out, given["x"])
+    assert not flags.any()
+
+
+def test_the_known_region_is_its_own_forward_noising():
+    """With DDPM's columns, k_x = sqrt(alpha_bar) and k_z = sqrt(1 - alpha_bar), it is q(x_t | x_0) with stream 3."""
+    table = random_table(6, history=0)
+    table[:, col.K_X], table[:, col.K_Z] = 0.6, 0.8
+    given = inputs((3, 5, 7), torch.float32, inpaint=True)
+    out = launched(table, **given)[0]
+    z = reference.normal(SEEDS, (3, 5, 7), step=table[CURSOR.long(), col.STEP].long(), stream=3, dtype=torch.float64)
+    there = 0.6 * given["known"].double() + 0.8 * z
+    mask = given["mask"]
+    assert ((out - there).abs()[mask] <= 1e-5).all()
+    without = launched(table, **{k: v for k, v in given.items() if k not in ("known", "mask")})[0]
+    assert torch.equal(out[~mask], without[~mask])
+
+
+def test_the_op_on_the_cpu_does_what_the_kernel_does():
+    variant = dict(guided=True, learned=True, inpaint=True, history=2)
+    table, given = random_table(6).float().cpu(), inputs((3, 5, 7), torch.float32, **variant)
+    cpu = {k: v.cpu() for k, v in given.items()}
+    read = {k: v for k, v in cpu.items() if k not in ("x", "m", "h1", "h2")}
+    state, h1, h2 = cpu["x"].clone(), cpu["h1"].clone(), cpu["h2"].clone()
+    model_input, flags = torch.empty(2 * BATCH, 3, 5, 7), torch.zeros(BATCH, dtype=torch.int32)
+    where = (table, CURSOR.cpu(), SEEDS.cpu())
+    made = reverse_step(cpu["x"], cpu["m"], *where, h1=h1, h2=h2, learned=True, **read)
+    reverse_step_(state, cpu["m"], *where, flags, h1=h1, h2=h2, model_input=model_input, learned=True, **read)
+    kernel = launched(table.to(DEVICE), **given, learned=True)
+    for a, b in zip((state, model_input, made[1], h1, h2), kernel, strict=True):
+        assert (a - b.cpu()).abs().max() <= 1e-4 * (1 + a.abs().max())
+    assert torch.equal(made[0], state)
+
+
+def test_the_launcher_of_the_op_hands_everything_on():
+    """The CUDA op's own function, with the kernels interpreted: all of it at once against float64."""
+    variant = dict(guided=True, learned=True, inpaint=True, history=2)
+    table, given = random_table(6), inputs((3, 5, 7), torch.float32, **variant)
+    read = (given["guidance"], None, given["known"], given["mask"], True, False, True, True, True)
+    out, x0, flags = step_registration._reverse_step_cuda(
+        given["x"], given["m"], table.float(), CURSOR, SEEDS, given["h1"], given["h2"], *read
+    )
+    expected = launched(table, **given, learned=True)
+    assert torch.equal(out, expected[0])
+    assert torch.equal(x0, expected[2])
+    assert not flags.any()
+
+
+CPU = dict(
+    x=torch.zeros(2, 3, 4),
+    model_output=torch.zeros(2, 3, 4),
+    table=torch.zeros(3, len(col.COLUMNS)),
+    cursor=torch.zeros(2, dtype=torch.int32),
+    seeds=torch.zeros(2, dtype=torch.int64),
+)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"guidance": torch.ones(2)}, r"model_output has shape \(2, 3, 4\); x has \(2, 3, 4\); needed: \(4, 3, 4\)"),
+        ({"learned": True}, r"needed: \(2, 6, 4\)"),
+        ({"guidance": torch.ones(3), "model_output": torch.zeros(4, 3, 4)}, r"guidance is .* needed: .*\(2,\)"),
+        ({"rescale": torch.ones(2)}, "rescale is given without guidance"),
+        ({"known": torch.zeros(2, 3, 4)}, "known and mask go together"),
+        ({"known": torch.zeros(2, 3, 4), "mask": torch.zeros(2, 3, 4)}, "mask is torch.float32; needed: torch.bool"),
+        ({"known": torch.zeros(2, 3, 4), "mask": torch.zeros(2, 1, 4).bool()}, r"mask has shape \(2, 1, 4\)"),
+        ({"x": torch.zeros(2), "model_output": torch.zeros(2), "learned": True}, "a learned variance needs channels"),
+    ],
+)
+def test_bad_arguments(change, words):
+    with pytest.raises(ValueError, match=words):
+        reverse_step(**{**CPU, **change})
