@@ -107,6 +107,44 @@ def q_sample(x0: Tensor, t: Tensor, table: Tensor, seeds: Tensor, step: int, str
     return add_noise(x0, z, t, table), z.to(x0.dtype)
 
 
+def noise_mse(
+    model_output: Tensor,
+    seeds: Tensor,
+    x0: Tensor | None,
+    t: Tensor | None,
+    table: Tensor | None,
+    step: int,
+    stream: int,
+) -> Tensor:
+    """Each sample's mean (m - target)^2 (Ho et al. 2020, eq. 14), [B], float32 (float64 for a float64 output).
+
+    The target is the contract's noise z, or, with `x0` [B, ...], table[t, 0] z + table[t, 1] x0.
+    """
+    return _off_target(model_output, seeds, x0, t, table, step, stream).square().unsqueeze(-1).flatten(1).mean(1)
+
+
+def noise_mse_backward(grad: Tensor, model_output: Tensor, *drawn: Any) -> Tensor:
+    """The gradient of `noise_mse`, 2 (m - target) / n grad[b], in the output's dtype; `drawn` as there, from seeds on."""
+    d = _off_target(model_output, *drawn)
+    return (_per_sample(grad * (2 / d[:1].numel()), d) * d).to(model_output.dtype)
+
+
+def _off_target(
+    model_output: Tensor,
+    seeds: Tensor,
+    x0: Tensor | None,
+    t: Tensor | None,
+    table: Tensor | None,
+    step: int,
+    stream: int,
+) -> Tensor:
+    m = model_output.to(torch.promote_types(model_output.dtype, torch.float32))
+    target = normal(seeds, m.shape[1:], step=step, stream=stream, dtype=m.dtype)
+    if x0 is not None and t is not None and table is not None:
+        target = add_noise(target, x0, t, table)
+    return m - target
+
+
 def _per_sample(values: Tensor, like: Tensor) -> Tensor:
     """[B] as [B, 1, ...], to be broadcast over `like`."""
     return values.reshape(-1, *[1] * (like.ndim - 1))
