@@ -27,13 +27,15 @@ class Division(NamedTuple):
     warps: int  # of a program
 
 
-def division(n: int, block: int | None = None, *, width: int = 4, tensors: int = 1) -> Division:
+def division(n: int, block: int | None = None, *, plane: int = 0, width: int = 4, tensors: int = 1) -> Division:
     """The division of samples of n elements: the largest block that divides their lanes, or `block`.
 
-    `width` is the bytes of an element of the widest tensor, `tensors` how many are read. Not measured on a GPU yet.
+    `plane` is not 0 where a tensor is channels_last, `width` the bytes of an element of the widest tensor, `tensors` how
+    many are read. Not measured on a GPU yet.
     """
     q = chunk(n)
-    vector = 16 // width if n % 16 == 0 else 1  # samples begin at 16-byte boundaries, or they don't
+    # Samples begin at 16-byte boundaries, or they don't; and in channels_last adjacent lanes are not adjacent.
+    vector = 16 // width if n % 16 == 0 and plane == 0 else 1
     if block is None:
         block = next((b for b in (1024, 512, 256) if q % b == 0), 512 if q > 256 else 256)
     lanes = LANES_A_THREAD if tensors <= 4 else LANES_A_THREAD // 2
@@ -62,7 +64,11 @@ def program(n, q, FULL: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr)
     start = tl.program_id(1).to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)[None, :]
     k = tl.arange(0, 4)[:, None].to(tl.int64)
-    e = tl.max_contiguous(k * q + start + lane, [1, VECTOR])
+    e = k * q + start + lane
+    if VECTOR > 1:
+        e = tl.max_contiguous(e, [1, VECTOR])
+    else:  # the order of the dimensions is known, the width of an access is 1
+        e = tl.multiple_of(tl.max_contiguous(e, [1, 4]), [1, 1])
     if FULL:
         inside = tl.full((4, BLOCK), True, tl.int1)
     else:
@@ -72,15 +78,18 @@ def program(n, q, FULL: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr)
 
 
 @triton.jit
-def in_memory(e, PLANE: tl.constexpr, CHANNELS: tl.constexpr):
-    """Where the logical element e of (C, H, W) lies: at e where PLANE is 0, else in channels_last (PLANE = H W).
+def in_memory(e, inside, PLANE: tl.constexpr, CHANNELS: tl.constexpr):
+    """Where the logical elements e of (C, H, W) lie, and `inside`: as they are, or in channels_last (PLANE = H W not 0).
 
     The division is in 32 bits (`memory_order` refuses larger samples): in 64 it costs 8 instructions an element more.
+    In channels_last the two are flattened, for a load or a store that no longer has an order of its own: Triton 3.6
+    would else give the four rows to four threads, and the noise four times the work.
     """
     if PLANE > 0:
         e = e.to(tl.int32)
-        e = (e % PLANE * CHANNELS + e // PLANE).to(tl.int64)
-    return e
+        e = (e % PLANE * CHANNELS + e // PLANE).to(tl.int64).reshape(e.numel)
+        inside = inside.reshape(e.numel)
+    return e, inside
 
 
 def memory_order(x: torch.Tensor) -> tuple[int, int]:

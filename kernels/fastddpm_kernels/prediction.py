@@ -27,19 +27,19 @@ def model_output(
     is that of the conditional half, as Nichol & Dhariwal's successors take it.
     """
     size = n * (2 if LEARNED else 1)
-    at = in_memory(e, PLANE, CHANNELS)
+    at, there = in_memory(e, wanted, PLANE, CHANNELS)
     conditional = m_ptr + sample * size
     if GUIDED:
         unconditional = conditional
         conditional += tl.num_programs(0).to(tl.int64) * size
-    m = tl.load(conditional + at, wanted, other=0.0).to(tl.float32)
+    m = tl.load(conditional + at, there, other=0.0).reshape(e.shape).to(tl.float32)
     if GUIDED:
-        m_u = tl.load(unconditional + at, wanted, other=0.0).to(tl.float32)
+        m_u = tl.load(unconditional + at, there, other=0.0).reshape(e.shape).to(tl.float32)
         m = tl.fma(tl.load(guidance_ptr + sample), m - m_u, m_u)
         if RESCALED:
             m *= tl.load(rescale_ptr + sample)
     v = m
     if LEARNED:
         second = CHANNELS // 2 if PLANE > 0 else n
-        v = tl.load(conditional + second + at, wanted, other=0.0).to(tl.float32)
+        v = tl.load(conditional + second + at, there, other=0.0).reshape(e.shape).to(tl.float32)
     return m, v

@@ -120,10 +120,11 @@ def reverse_step_kernel(
         tl.store(h2_ptr + base + e, h1, inside)
     if WRITE_INPUT:
         following = c_in * out if SCALED else out
-        at = input_ptr + base + in_memory(e, PLANE, CHANNELS // 2 if LEARNED else CHANNELS)
-        tl.store(at, following, inside)
+        at, there = in_memory(e, inside, PLANE, CHANNELS // 2 if LEARNED else CHANNELS)
+        following = following.reshape(at.shape)
+        tl.store(input_ptr + base + at, following, there)
         if GUIDED:
-            tl.store(at + tl.num_programs(0).to(tl.int64) * n, following, inside)
+            tl.store(input_ptr + base + tl.num_programs(0).to(tl.int64) * n + at, following, there)
     check = tl.sum(check.reshape(BLOCK // VECTOR, VECTOR), axis=1)  # of lanes that are in one thread
     tl.store(nonfinite_ptr + sample + tl.arange(0, BLOCK // VECTOR) * 0, step + 1, clean & (check != 0.0))
 
@@ -162,8 +163,8 @@ def launch_reverse_step(
     n = x[0].numel()
     history = (h1 is not None) + (h2 is not None)
     tensors = 2 + history + learned + (guidance is not None) + (known is not None)
-    q, by = const.chunk(n), division(n, block, tensors=tensors)
     plane, channels = memory_order(model_output)
+    q, by = const.chunk(n), division(n, block, plane=plane, tensors=tensors)
     unused = x  # stands for each pointer that this variant doesn't have
     reverse_step_kernel[grid(x.shape[0], q, by.block)](
         x,
