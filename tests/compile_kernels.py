@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -123,7 +124,9 @@ def inspect(compiled) -> dict[str, object]:
     return {
         "registers": int(usage["REG"]),
         "local": int(usage["LOCAL"]) + int(usage["STACK"]) + sum(op.startswith(("LDL", "STL")) for op in sass),
-        "shared": sum(op.startswith(("LDS", "STS")) for op in sass),
+        "shared": int(usage["SHARED"]) + sum(op.startswith(("LDS", "STS", "LDSM", "STSM")) for op in sass),
+        "barriers": sum(op.startswith("BAR") for op in sass),
+        "accesses": dict(Counter(op for op in sass if op.startswith(("LDG", "STG")))),
         "loads": sorted({op for op in sass if op.startswith("LDG")}),
         "stores": sorted({op for op in sass if op.startswith("STG")}),
         "instructions": sum(not op.startswith("NOP") for op in sass),

@@ -15,25 +15,33 @@ import pytest
 
 HERE = Path(__file__).parent
 
-# SASS instructions an element on sm_90, at 512 lanes of 4 elements in 128 threads. The roof at 12 B an element is 80.
+# SASS instructions an element on sm_90. The H200 issues 80 in the time in which it moves 12 B an element.
 INSTRUCTIONS = {
-    "reverse_step-fp32": 60.4,
-    "reverse_step-bf16": 62.6,
-    "reverse_step-fp16": 62.1,
-    "reverse_step-odd": 65.3,
-    "reverse_step-ddim": 25.1,
-    "reverse_step-unlimited": 60.4,
-    "reverse_step-history1": 28.0,
-    "reverse_step-history2": 68.3,
-    "reverse_step-x0": 63.6,
-    "reverse_step-channels_last": 86.2,
-    "normal": 36.2,
-    "q_sample-fp32": 45.7,
-    "q_sample-bf16": 46.3,
-    "q_sample-fp16": 45.8,
-    "add_noise-fp32": 8.9,
-    "add_noise-bf16": 11.9,
-    "add_noise-fp16": 10.9,
+    "add_noise-bf16": 8.1,
+    "add_noise-fp16": 7.1,
+    "add_noise-fp32": 4.7,
+    "normal": 29.4,
+    "q_sample-bf16": 35.0,
+    "q_sample-fp16": 34.5,
+    "q_sample-fp32": 32.6,
+    "reverse_step-bf16": 41.8,
+    "reverse_step-channels_last": 53.4,
+    "reverse_step-ddim": 14.9,
+    "reverse_step-dynamic": 42.8,
+    "reverse_step-everything": 104.9,
+    "reverse_step-fp16": 41.3,
+    "reverse_step-fp32": 40.0,
+    "reverse_step-guided": 48.4,
+    "reverse_step-history1": 16.9,
+    "reverse_step-history2": 45.3,
+    "reverse_step-inpaint": 74.3,
+    "reverse_step-learned": 49.0,
+    "reverse_step-masked": 44.7,
+    "reverse_step-odd": 56.3,
+    "reverse_step-one": 55.6,
+    "reverse_step-scaled": 45.9,
+    "reverse_step-unlimited": 39.7,
+    "reverse_step-x0": 43.7,
 }
 SMS = (80, 90, 100)
 
@@ -48,7 +56,7 @@ def compiled() -> dict[str, dict]:
 
 
 def test_every_variant_compiles_for_every_gpu(compiled):
-    expected = {f"{name}-sm{sm}" for name in (*INSTRUCTIONS, "reverse_step-one", "advance") for sm in SMS}
+    expected = {f"{name}-sm{sm}" for name in (*INSTRUCTIONS, "advance") for sm in SMS}
     assert set(compiled) == expected
 
 
@@ -56,20 +64,39 @@ def test_nothing_spills(compiled):
     assert {name: code["local"] for name, code in compiled.items() if code["local"]} == {}
 
 
+def test_nothing_goes_through_shared_memory(compiled):
+    assert {name: code["shared"] for name, code in compiled.items() if code["shared"]} == {}
+    assert {name: code["barriers"] for name, code in compiled.items() if code["barriers"]} == {}
+
+
 def test_registers_leave_room_for_other_warps(compiled):
-    # 168, with two histories on sm_80: three blocks of four warps an SM. The plain step has up to 80: six.
-    assert max(code["registers"] for code in compiled.values()) <= 168
+    # 204, with two histories: 9 warps an SM, each with 14 KB on its way. The plain step has up to 128 (16 warps).
+    assert max(code["registers"] for code in compiled.values()) <= 204
     for dtype in ("fp32", "bf16", "fp16"):
-        assert max(compiled[f"reverse_step-{dtype}-sm{sm}"]["registers"] for sm in SMS) <= 80
+        assert max(compiled[f"reverse_step-{dtype}-sm{sm}"]["registers"] for sm in SMS) <= 130
 
 
 @pytest.mark.parametrize("sm", SMS)
 def test_the_state_moves_in_128_bits(compiled, sm):
-    for name in ("fp32", "bf16", "fp16", "ddim", "unlimited", "history1", "history2", "x0"):
-        code = compiled[f"reverse_step-{name}-sm{sm}"]
+    plain = [
+        n for n in INSTRUCTIONS if n.startswith("reverse_step") and not n.endswith(("-odd", "-one", "-channels_last"))
+    ]
+    assert len(plain) > 12
+    for name in plain:
+        code = compiled[f"{name}-sm{sm}"]
         assert any(op.startswith("LDG.E.128") for op in code["loads"]), name
         assert any(op.startswith("STG.E.128") for op in code["stores"]), name
-    assert any(op.startswith("STG.E.128") for op in compiled[f"normal-sm{sm}"]["stores"])
+    # And nothing but the row's scalars in less than 64: four of the model's 16-bit numbers, beside four float32.
+    bf16 = compiled[f"reverse_step-bf16-sm{sm}"]
+    assert bf16["accesses"]["LDG.E.128"] == bf16["accesses"]["STG.E.128"] == bf16["elements"] / 4
+    assert bf16["accesses"]["STG.E.64"] == bf16["elements"] / 4
+    for name in ("normal", "q_sample-fp32", "q_sample-bf16", "q_sample-fp16", "add_noise-fp32", "add_noise-bf16"):
+        assert compiled[f"{name}-sm{sm}"]["stores"] == ["STG.E.128"], name
+
+
+def test_the_budget_of_the_step(compiled):
+    """What was asked of the step as the DDPM sampler runs it: float32 state, bfloat16 model, 12 B an element."""
+    assert compiled["reverse_step-bf16-sm90"]["instructions"] / compiled["reverse_step-bf16-sm90"]["elements"] <= 45
 
 
 def test_the_clamp_keeps_nan(compiled):
@@ -80,12 +107,12 @@ def test_the_clamp_keeps_nan(compiled):
 
 
 def test_multiplications_and_additions_fuse(compiled):
-    """The update's own, and the polynomials' of the normals: 8 at least for each element that gets one."""
+    """The update's own, and the polynomials' of the normals: 7.5 for each element that gets one."""
     for name, code in compiled.items():
         if name.startswith(("reverse_step", "add_noise")):
             assert code["fused"] >= code["elements"], name
         if name.startswith(("normal", "q_sample", "reverse_step-bf16")):
-            assert code["fused"] >= 8 * code["elements"], name
+            assert code["fused"] >= 7.5 * code["elements"], name
 
 
 def test_half_precision_stores_round_to_nearest(compiled):
