@@ -70,12 +70,31 @@ def test_the_op_draws_the_contracts_noise_whatever_the_company():
     assert torch.equal(q_sample(last, t, TABLE, seeds, step=3)[0], x_t)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_noise_that_is_not_kept(dtype):
+    """The same bits of x_t, and no memory written but its own."""
+    x0 = fenced(torch.randn(3, 45, generator=torch.Generator().manual_seed(1)).to(dtype))
+    before = x0.clone()
+    seeds, t = torch.tensor([4, -5, 2**40], device=DEVICE), torch.tensor([0, 500, 999], device=DEVICE)
+    out, kept, noise = (Guarded((3, 45), dtype) for _ in range(3))
+    launch_q_sample(x0, noise.tensor, kept.tensor, t, TABLE, seeds, step=7, block=64)
+    launch_q_sample(x0, None, out.tensor, t, TABLE, seeds, step=7, block=64)
+    assert torch.equal(out.tensor, kept.tensor)
+    assert torch.equal(x0, before)
+    assert out.intact()
+    x_t, nothing = q_sample(x0, t, TABLE, seeds, step=7, keep_noise=False)
+    assert nothing is None
+    assert torch.equal(x_t, q_sample(x0, t, TABLE, seeds, step=7)[0])
+    assert q_sample(x0, t, TABLE, seeds, noise=noise.tensor, keep_noise=False)[1] is noise.tensor
+
+
 def test_gradients():
     generator = torch.Generator().manual_seed(0)
     x0, noise = (torch.randn(2, 3, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(2))
     t, seeds, table = torch.tensor([3, 900]), torch.tensor([1, 2]), EXACT.cpu()
     assert torch.autograd.gradcheck(lambda a, z: add_noise(a, z, t, table), (x0, noise))
-    assert torch.autograd.gradcheck(lambda a: q_sample(a, t, table, seeds)[0], (x0,))
+    for keep in (True, False):
+        assert torch.autograd.gradcheck(lambda a, k=keep: q_sample(a, t, table, seeds, keep_noise=k)[0], (x0,))
 
 
 @pytest.mark.parametrize(

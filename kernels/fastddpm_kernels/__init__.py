@@ -10,10 +10,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .ops import add_noise, normal, q_sample
+    from .ops import add_noise, noise_mse, normal, q_sample
     from .step_ops import advance_, reverse_step, reverse_step_
 
-__all__ = ["add_noise", "advance_", "normal", "q_sample", "reverse_step", "reverse_step_"]
+__all__ = ["add_noise", "advance_", "noise_mse", "normal", "q_sample", "reverse_step", "reverse_step_"]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,7 @@ from .philox import normal4
 @triton.jit(do_not_specialize=["step"])
 def q_sample_kernel(
     x0_ptr,  # float [B, n]
-    noise_ptr,  # float [B, n], written where DRAW, else read
+    noise_ptr,  # float [B, n], written where KEEP, read where not DRAW
     out_ptr,  # float [B, n]
     t_ptr,  # int64 [B]
     table_ptr,  # float32 [T, 2]
@@ -22,6 +22,7 @@ def q_sample_kernel(
     step,
     stream: tl.constexpr,
     DRAW: tl.constexpr,
+    KEEP: tl.constexpr,  # write the noise that is drawn
     FULL: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -33,7 +34,8 @@ def q_sample_kernel(
     x0 = tl.load(x0_ptr + e, inside, other=0.0).to(tl.float32)
     if DRAW:
         z = normal4(tl.load(seeds_ptr + sample), step, stream, lane, q)
-        tl.store(noise_ptr + e, z, inside)
+        if KEEP:
+            tl.store(noise_ptr + e, z, inside)
     else:
         z = tl.load(noise_ptr + e, inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + e, tl.fma(b, z, a * x0), inside)
@@ -41,7 +43,7 @@ def q_sample_kernel(
 
 def launch_q_sample(
     x0: torch.Tensor,
-    noise: torch.Tensor,
+    noise: torch.Tensor | None,
     out: torch.Tensor,
     t: torch.Tensor,
     table: torch.Tensor,
@@ -51,7 +53,7 @@ def launch_q_sample(
     stream: int = const.STREAM_TRAINING,
     block: int | None = None,
 ) -> None:
-    """Write x_t to `out`; with `seeds` draw the noise and write it to `noise`, without reading it there.
+    """Write x_t to `out`; with `seeds` draw the noise and write it to `noise` (or nowhere), without reading it there.
 
     All of `x0`, `noise`, `out` are [B, ...], contiguous, float32, bfloat16 or float16; the arithmetic is float32.
     """
@@ -61,7 +63,7 @@ def launch_q_sample(
     q, by = const.chunk(n), division(n, block, width=x0.element_size())
     q_sample_kernel[grid(x0.shape[0], q, by.block)](
         x0,
-        noise,
+        x0 if noise is None else noise,
         out,
         t,
         table,
@@ -71,6 +73,7 @@ def launch_q_sample(
         step,
         stream,
         DRAW=seeds is not None,
+        KEEP=seeds is not None and noise is not None,
         FULL=by.full,
         VECTOR=by.vector,
         BLOCK=by.block,

@@ -124,7 +124,7 @@ def noise_mse(
 
 
 def noise_mse_backward(grad: Tensor, model_output: Tensor, *drawn: Any) -> Tensor:
-    """The gradient of `noise_mse`, 2 (m - target) / n grad[b], in the output's dtype; `drawn` as there, from seeds on."""
+    """Its gradient, 2 (m - target) grad[b] / n, in the output's dtype; `drawn` are the other arguments of the loss."""
     d = _off_target(model_output, *drawn)
     return (_per_sample(grad * (2 / d[:1].numel()), d) * d).to(model_output.dtype)
 
