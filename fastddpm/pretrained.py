@@ -23,12 +23,13 @@ SHIPPED = Path(__file__).parent / "weights"
 DEFAULT = SHIPPED / "fashion-mnist"
 
 # Fields of diffusers' schedulers for which fastddpm has one value; the others have no effect on the two solvers.
-_FIXED = {"thresholding": False, "steps_offset": 0, "set_alpha_to_one": True}
+_FIXED = {"steps_offset": 0, "set_alpha_to_one": True}
 _SCHEDULERS = ("DDPMScheduler", "DDIMScheduler")
 _VARIANCES = {  # diffusers' name -> ours; its fixed_small_log is fixed_small, computed by way of the logarithm
     "fixed_small": "fixed_small",
     "fixed_small_log": "fixed_small",
     "fixed_large": "fixed_large",
+    "learned_range": "learned_range",
 }
 
 
@@ -64,13 +65,20 @@ class SchedulerConfig:
         clips = config.get("clip_sample", True)
         if not isinstance(clips, bool):
             raise ConfigError(f"scheduler config: clip_sample is {clips!r}; allowed: true or false")
+        options = {
+            "prediction_type": config.get("prediction_type", "epsilon"),
+            "clip": config.get("clip_sample_range", 1.0) if clips else None,
+            "spacing": config.get("timestep_spacing", "leading"),
+        }
+        thresholds = config.get("thresholding", False)
+        if not isinstance(thresholds, bool):
+            raise ConfigError(f"scheduler config: thresholding is {thresholds!r}; allowed: true or false")
+        if thresholds:  # in diffusers too it goes before the clip
+            options["clip"] = config.get("sample_max_value", 1.0)
+            options["dynamic_thresholding_ratio"] = config.get("dynamic_thresholding_ratio", 0.995)
         return cls(
             schedule=NoiseSchedule.from_diffusers(config),
-            options={
-                "prediction_type": config.get("prediction_type", "epsilon"),
-                "clip": config.get("clip_sample_range", 1.0) if clips else None,
-                "spacing": config.get("timestep_spacing", "leading"),
-            },
+            options=options,
             variance_type=config.get("variance_type", "fixed_small"),
         )
 

@@ -120,7 +120,6 @@ class Sampler:
             raise InputError(f"batch_size is {batch_size!r}; allowed: None, or an integer of at least 1")
         self.model, self.table, self.graph = model, table, graph
         self.batch_size, self.state_dtype = batch_size, state_dtype
-        self._limited, self._stochastic = table.limited, table.stochastic  # asked of the rows once, not each step
         self._dtype = dtype
         self._model_dtype()  # refuses a wrong one now
         self.device = None if device is None else torch.device(device)
@@ -211,7 +210,7 @@ class Sampler:
 
     def _step(self, b: Buffers) -> None:
         """Evaluate the model and apply each sample's row: all that happens in the loop, and all that a graph holds."""
-        output = _tensor_of(self.model(b.model_input, b.t, **b.model_kwargs), b.x.shape)
+        output = _tensor_of(self.model(b.model_input, b.t, **b.model_kwargs), b.x.shape, self.table.learned)
         reverse_step_(
             b.x,
             output,
@@ -223,8 +222,12 @@ class Sampler:
             h2=b.h2,
             model_input=b.model_input,
             x0=b.x0,
-            limited=self._limited,
-            noise=self._stochastic,
+            limited=self.table.limited,
+            dynamic=self.table.dynamic,
+            noise=self.table.stochastic,
+            learned=self.table.learned,
+            direct=self.table.direct,
+            scaled=self.table.scaled,
         )
         advance_(b.cursor, b.t, b.table)
 
@@ -382,12 +385,15 @@ def _key(shape: tuple[int, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
     return shape, str(spec), tuple(described(v) for v in leaves)
 
 
-def _tensor_of(output: Any, shape: torch.Size) -> Tensor:
+def _tensor_of(output: Any, shape: torch.Size, learned: bool) -> Tensor:
     output = getattr(output, "sample", output)
     if not isinstance(output, Tensor):
         raise InputError(f"the model returned a {type(output).__name__}; needed: a tensor, or an object with .sample")
-    if output.shape != shape:
-        raise InputError(f"the model returned shape {tuple(output.shape)} for an input of {tuple(shape)}")
+    if output.shape != (expected := (shape[0], 2 * shape[1], *shape[2:]) if learned else tuple(shape)):
+        why = ", for a solver with a learned variance" if learned else ""
+        raise InputError(
+            f"the model returned shape {tuple(output.shape)} for an input of {tuple(shape)}; needed: {expected}{why}"
+        )
     return output
 
 

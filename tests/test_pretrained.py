@@ -86,7 +86,7 @@ def test_a_pipelines_unet_folder_has_the_scheduler_beside_it(tmp_path):
 @pytest.mark.parametrize(
     "config, message",
     [
-        ({"thresholding": True}, "thresholding is True; fastddpm has False alone"),
+        ({"thresholding": 1}, "thresholding is 1; allowed: true or false"),
         ({"steps_offset": 1}, "steps_offset is 1"),
         ({"set_alpha_to_one": False}, "set_alpha_to_one is False"),
         ({"clip_sample": "yes"}, "clip_sample is 'yes'"),
@@ -94,7 +94,7 @@ def test_a_pipelines_unet_folder_has_the_scheduler_beside_it(tmp_path):
         ({"prediction_type": "flow"}, "prediction_type is 'flow'"),
         ({"timestep_spacing": ["leading"]}, "spacing is"),
         ({"beta_schedule": "laplace"}, "beta_schedule is 'laplace'"),
-        ({"variance_type": "learned_range"}, "variance_type is 'learned_range'; solver ddpm takes 'fixed_small'"),
+        ({"variance_type": "learned"}, "variance_type is 'learned'; solver ddpm takes 'fixed_small'"),
         ({"variance_type": ["fixed_small"]}, "variance_type is"),
     ],
 )

@@ -338,3 +338,34 @@ def test_the_one_liner():
         fastddpm.sample(model, (2, 6), seed=True)
     with pytest.raises(fastddpm.FastDDPMError, match="did you mean 'eta'"):
         fastddpm.sample(model, (2, 6), solver="ddim", etaa=0.5)
+
+
+def test_a_learned_variance_takes_the_models_second_half_of_channels():
+    """v = -1 and v = 1 give the samples of the two fixed variances; anything between is between."""
+
+    def learning(v):
+        def model(x, t):
+            eps = 0.3 * x * torch.cos(t.to(x.dtype)).reshape(-1, 1, 1, 1)
+            return torch.cat([eps, torch.full_like(eps, v)], dim=1)
+
+        return model
+
+    table = solvers.ddpm(SCHEDULE, 8, clip=1.0, variance="learned_range")
+    for v, variance in ((-1.0, "fixed_small"), (1.0, "fixed_large")):
+        fixed = solvers.ddpm(SCHEDULE, 8, clip=1.0, variance=variance)
+        expected = Sampler(lambda x, t: learning(0.0)(x, t)[:, : x.shape[1]], fixed).sample((2, 3, 4, 4), seeds=[1, 2])
+        made = Sampler(learning(v), table).sample((2, 3, 4, 4), seeds=[1, 2])
+        assert (made - expected).abs().max() < 1e-5
+    with pytest.raises(
+        InputError, match=r"shape \(2, 3, 4, 4\) .* needed: \(2, 6, 4, 4\), for a solver with a learned"
+    ):
+        Sampler(lambda x, t: x, table).sample((2, 3, 4, 4), seeds=0)
+    with pytest.raises(InputError, match=r"needed: \(2, 3, 4, 4\)"):
+        Sampler(learning(0.0), SHORT).sample((2, 3, 4, 4), seeds=0)
+
+
+def test_dynamic_thresholding_keeps_the_samples_within_1():
+    table = solvers.ddim(SCHEDULE, 8, clip=4.0, dynamic_thresholding_ratio=0.9)
+    made = Sampler(lambda x, t: -x, table).sample((2, 3, 8, 8), seeds=0)
+    assert made.abs().max() <= 1.0
+    assert Sampler(lambda x, t: -x, solvers.ddim(SCHEDULE, 8)).sample((2, 3, 8, 8), seeds=0).abs().max() > 10

@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from exact import Exact, needs_long_double, products, relative_error
+from fastddpm_kernels import reference
 from fastddpm_kernels.columns import CLIP, COLUMNS
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -72,6 +73,7 @@ def test_coefficients_are_the_papers_to_1e_13(schedule, steps, spacing, predicti
     bar, noise, bar_s, noise_s, alpha, beta = exact_strides(schedule.betas, t)
     (x0_x, x0_m), (eps_x, eps_m) = exact_x0_and_eps(prediction, bar, noise)
     small, last = noise_s / noise * beta, np.arange(len(t)) == len(t) - 1
+    known = {"k_x": np.sqrt(bar_s), "k_z": np.sqrt(noise_s)}  # q(x_s | x_0)
     for variance, square in (("fixed_small", small), ("fixed_large", beta)):
         table = solvers.ddpm(schedule, steps, variance=variance, prediction_type=prediction, spacing=spacing)
         expected = {
@@ -82,6 +84,7 @@ def test_coefficients_are_the_papers_to_1e_13(schedule, steps, spacing, predicti
             "x_x0": np.sqrt(bar_s) * beta / noise,
             "x_x": np.sqrt(alpha) * noise_s / noise,
             "x_z": np.where(last, 0, np.sqrt(square)),
+            **known,
         }
         check_columns(table, expected)
     for eta in (0.0, 0.3, 1.0):
@@ -101,6 +104,7 @@ def test_coefficients_are_the_papers_to_1e_13(schedule, steps, spacing, predicti
             "x_x": direction * eps_x,
             "x_m": direction * eps_m,
             "x_z": np.sqrt(square),
+            **known,
         }
         check_columns(table, expected)
         # eps from x and x_0: put (x - sqrt(bar) x_0) / sqrt(noise) for eps. x_x0 cancels in the oracle, where it has
@@ -529,7 +533,7 @@ def test_options_of_one_solver_alone_are_refused_too():
             solvers.ddim(LINEAR, 10, eta=eta)
     with pytest.raises(ConfigError, match="use_clipped_model_output is 1; allowed: True or False"):
         solvers.ddim(LINEAR, 10, use_clipped_model_output=1)
-    with pytest.raises(ConfigError, match="variance is 'small'; allowed: 'fixed_small', 'fixed_large'"):
+    with pytest.raises(ConfigError, match="variance is 'small'; allowed: 'fixed_small', 'fixed_large', 'learned'"):
         solvers.ddpm(LINEAR, 10, variance="small")
 
 
@@ -550,3 +554,98 @@ def test_make_is_the_function_of_that_name():
     made = solvers.make("ddim", LINEAR, 20, eta=0.5, clip=1.0)
     np.testing.assert_array_equal(made.rows, solvers.ddim(LINEAR, 20, eta=0.5, clip=1.0).rows)
     assert (made.rows[:, CLIP] == 1.0).all()
+
+
+# ---- learned variances and dynamic thresholding ----------------------------------------------------------------------
+
+
+@needs_long_double
+@pytest.mark.parametrize("steps", [7, 50, None])
+def test_a_learned_range_lies_between_the_two_fixed_variances(steps):
+    """v = -1 is the small one, v = 1 the large one, and between them the logarithm is linear; no noise at the end."""
+    table, small, large = (
+        solvers.ddpm(LINEAR, steps, variance=v) for v in ("learned_range", "fixed_small", "fixed_large")
+    )
+    assert table.learned
+    assert not small.learned
+    assert table["x_z"].tolist() == [1.0] * (table.num_rows - 1) + [0.0]
+    for v, other in ((-1.0, small["x_z"]), (1.0, large["x_z"]), (0.0, np.sqrt(small["x_z"] * large["x_z"]))):
+        sigma = table["x_z"] * np.exp2(table["s_0"] + v * table["s_v"])
+        assert sigma == pytest.approx(other, rel=1e-12)
+    learned = solvers.ddpm(LINEAR, steps, variance="learned")
+    assert learned["x_z"][0] * np.exp2(learned["s_0"] + 3.0 * learned["s_v"])[0] == pytest.approx(math.exp(1.5))
+
+
+def stepped(table, row, x, m, z):
+    """One row of a table by the kernels' reference, in float64."""
+    rows = torch.tensor(table.with_identity())
+    cursor = torch.full((len(x),), row, dtype=torch.int32)
+    flags = dict(limited=table.limited, dynamic=table.dynamic, learned=table.learned)
+    return reference.reverse_step(x, m, rows, cursor, z, **flags)
+
+
+class Drawn:
+    """Stands for diffusers' `randn_tensor`: always these values."""
+
+    def __init__(self, z):
+        self.z = z
+
+    def __call__(self, *args, **kwargs):
+        return self.z
+
+
+def test_a_learned_range_is_that_of_diffusers(monkeypatch):
+    scheduler = DDPMScheduler(variance_type="learned_range", clip_sample=True)
+    scheduler.set_timesteps(50)
+    table = solvers.ddpm(LINEAR, 50, variance="learned_range", clip=1.0)
+    x, z = (torch.randn(2, 3, 5, 7, generator=torch.Generator().manual_seed(k)).double() for k in (0, 1))
+    m = torch.randn(2, 6, 5, 7, generator=torch.Generator().manual_seed(2)).double()
+    monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", Drawn(z))
+    for row in (0, 10, 48, 49):
+        theirs = scheduler.step(m, scheduler.timesteps[row], x).prev_sample
+        ours = stepped(table, row, x, m, z).x
+        # Their coefficients are float32, in which 1 - alpha_bar cancels at small t: 2.8e-5 in all at the last row but one.
+        assert (ours - theirs).abs().max() <= 4e-5 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("solver, scheduler", [("ddpm", DDPMScheduler), ("ddim", DDIMScheduler)])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_dynamic_thresholding_is_that_of_diffusers(solver, scheduler, prediction, monkeypatch):
+    config = dict(thresholding=True, dynamic_thresholding_ratio=0.9, sample_max_value=3.0, prediction_type=prediction)
+    stock = scheduler(**config)
+    stock.set_timesteps(20)
+    options = dict(clip=3.0, dynamic_thresholding_ratio=0.9, prediction_type=prediction)
+    table = solvers.make(solver, LINEAR, 20, **options)
+    assert table.dynamic
+    x, z, m = (torch.randn(2, 3, 5, 7, generator=torch.Generator().manual_seed(k)).double() for k in range(3))
+    monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", Drawn(z))
+    for row in (0, 10, 19):
+        theirs = stock.step(m, stock.timesteps[row], x)
+        made = stepped(table, row, x, m, z)
+        assert (made.x0 - theirs.pred_original_sample).abs().max() <= 5e-6
+        assert (made.x - theirs.prev_sample).abs().max() <= 5e-6 * (1 + theirs.prev_sample.abs().max())
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (dict(dynamic_thresholding_ratio=1.5, clip=2.0), "ratio is 1.5; allowed: None, or a number above 0"),
+        (dict(dynamic_thresholding_ratio=True, clip=2.0), "ratio is True"),
+        (dict(dynamic_thresholding_ratio=0.9), "clip is None; with dynamic thresholding it bounds"),
+        (dict(dynamic_thresholding_ratio=0.9, clip=0.5), "clip is 0.5; with dynamic"),
+    ],
+)
+def test_bad_thresholds(options, words):
+    with pytest.raises(ConfigError, match=words):
+        solvers.ddpm(LINEAR, 10, **options)
+    with pytest.raises(ConfigError, match=words):
+        solvers.ddim(LINEAR, 10, **options)
+
+
+def test_a_table_knows_what_its_rows_need():
+    plain = solvers.ddpm(LINEAR, 10)
+    assert (plain.dynamic, plain.learned, plain.direct, plain.scaled) == (False,) * 4
+    assert solvers.ddim(LINEAR, 10).direct
+    assert solvers.step_table([1, 0], c_in=[0.5, 1.0], x_x=1.0).scaled
+    with pytest.raises(ConfigError, match=r"ratio of row 1 is 2; allowed: 0 ... 1"):
+        solvers.step_table([1, 0], ratio=[0.5, 2.0], clip=2.0)

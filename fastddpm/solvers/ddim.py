@@ -7,7 +7,7 @@ import numpy as np
 from ..errors import ConfigError
 from ..schedule import NoiseSchedule
 from .strides import Strides
-from .table import StepTable, step_table
+from .table import StepTable, check_ratio, step_table
 
 
 def ddim(
@@ -18,6 +18,7 @@ def ddim(
     use_clipped_model_output: bool = False,
     prediction_type: str = "epsilon",
     clip: float | None = None,
+    dynamic_thresholding_ratio: float | None = None,
     spacing: str = "leading",
 ) -> StepTable:
     """The table of DDIM: x_s = sqrt(alpha_bar_s) x_0 + sqrt(1 - alpha_bar_s - sigma^2) eps + sigma z (eq. 12).
@@ -37,6 +38,7 @@ def ddim(
             (x - sqrt(alpha_bar_t) x_0) / sqrt(1 - alpha_bar_t); with eta = 1 that is DDPM. No effect without a clip.
         prediction_type: what the model predicts: "epsilon", "v_prediction" or "sample" (x_0).
         clip: bound of the predicted abs(x_0); None: no limit. 1.0 for images in [-1, 1].
+        dynamic_thresholding_ratio: as in `ddpm`.
         spacing: which time steps to visit: "leading", "linspace" or "trailing" (see `spacing.timesteps`).
 
     Raises:
@@ -67,5 +69,8 @@ def ddim(
         x_x=direction * eps_x,
         x_m=direction * eps_m,
         x_z=eta * np.sqrt(strides.noise_next / strides.noise * strides.beta),
+        k_x=np.sqrt(strides.bar_next),
+        k_z=np.sqrt(strides.noise_next),
         clip=clip,
+        ratio=check_ratio(dynamic_thresholding_ratio, clip),
     )

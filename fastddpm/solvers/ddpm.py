@@ -7,9 +7,9 @@ import numpy as np
 from ..errors import ConfigError
 from ..schedule import NoiseSchedule
 from .strides import Strides
-from .table import StepTable, step_table
+from .table import StepTable, check_ratio, step_table
 
-VARIANCES = ("fixed_small", "fixed_large")
+VARIANCES = ("fixed_small", "fixed_large", "learned", "learned_range")
 
 
 def ddpm(
@@ -19,6 +19,7 @@ def ddpm(
     variance: str = "fixed_small",
     prediction_type: str = "epsilon",
     clip: float | None = None,
+    dynamic_thresholding_ratio: float | None = None,
     spacing: str = "leading",
 ) -> StepTable:
     """The table of DDPM's ancestral sampler: x_s is drawn from the posterior q(x_s | x_t, x_0) of the predicted x_0.
@@ -31,9 +32,14 @@ def ddpm(
         schedule: the noise schedule that the model was trained with.
         steps: how many of its time steps to visit; None: all.
         variance: "fixed_small", sigma_t^2 = (1 - alpha_bar_s) / (1 - alpha_bar_t) beta_t, or "fixed_large", beta_t
-            (section 3.2: the best choices for data that is a point, and a unit Gaussian).
+            (section 3.2: the best choices for data that is a point, and a unit Gaussian). Learned ones come from v, the
+            second half of the model's output channels: "learned_range", log sigma_t^2 = f log beta_t + (1 - f) log of
+            the small one, with f = (v + 1) / 2 (Nichol & Dhariwal 2021, arXiv 2102.09672, eq. 15); "learned",
+            log sigma_t^2 = v, as in guided-diffusion.
         prediction_type: what the model predicts: "epsilon", "v_prediction" or "sample" (x_0).
         clip: bound of the predicted abs(x_0); None: no limit. 1.0 for images in [-1, 1].
+        dynamic_thresholding_ratio: this quantile of each sample's abs(x_0), within 1 ... clip, is the bound, and x_0 is
+            divided by it (Imagen, arXiv 2205.11487, section 2.3). 0.995 there, with a clip above 1. None: off.
         spacing: which time steps to visit: "leading", "linspace" or "trailing" (see `spacing.timesteps`).
 
     Raises:
@@ -44,7 +50,15 @@ def ddpm(
     strides = Strides.of(schedule, steps, spacing)
     x0_x, x0_m = strides.predicted_x0(prediction_type)
     keep = strides.noise_next / strides.noise
-    sigma = np.sqrt(strides.beta * keep if variance == "fixed_small" else strides.beta)
+    sigma = np.sqrt(strides.beta if variance == "fixed_large" else strides.beta * keep)
+    s_0, s_v = np.zeros(len(sigma)), np.zeros(len(sigma))  # log2 of the noise's scale: s_0 + s_v v
+    if variance == "learned":
+        s_v[:-1] = 0.5 / np.log(2.0)
+    if variance == "learned_range":
+        large, small = np.log2(strides.beta[:-1]) / 2, np.log2(sigma[:-1])
+        s_0[:-1], s_v[:-1] = (large + small) / 2, (large - small) / 2
+    if variance.startswith("learned"):
+        sigma[:] = 1.0
     sigma[-1] = 0.0  # Ho et al., algorithm 2: z = 0 at the last step
     return step_table(
         strides.t,
@@ -53,5 +67,10 @@ def ddpm(
         x_x0=np.sqrt(strides.bar_next) * strides.beta / strides.noise,
         x_x=np.sqrt(strides.alpha) * keep,
         x_z=sigma,
+        s_0=s_0,
+        s_v=s_v,
+        k_x=np.sqrt(strides.bar_next),
+        k_z=np.sqrt(strides.noise_next),
         clip=clip,
+        ratio=check_ratio(dynamic_thresholding_ratio, clip),
     )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
-from fastddpm_kernels.columns import ADVANCE, C_IN, CLIP, COLUMNS, STEP, X_H1, X_H2, X_X, X_Z, T
+from fastddpm_kernels.columns import ADVANCE, C_IN, CLIP, COLUMNS, RATIO, S_0, S_V, STEP, X_H1, X_H2, X_M, X_X, X_Z, T
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import ConfigError
@@ -24,7 +25,7 @@ class StepTable:
 
     Raises:
         ConfigError: where a value isn't finite in float32 (`clip` may be infinite), `clip` isn't positive, `step`
-            doesn't count 0, 1, 2 ..., or `advance` isn't 1.
+            doesn't count 0, 1, 2 ..., `advance` isn't 1, or `ratio` isn't in 0 ... 1.
     """
 
     rows: Floats
@@ -37,9 +38,10 @@ class StepTable:
         bad[:, CLIP] = ~(rows[:, CLIP] > 0)
         bad[:, STEP] |= rows[:, STEP] != np.arange(len(rows))
         bad[:, ADVANCE] |= rows[:, ADVANCE] != 1
+        bad[:, RATIO] |= (rows[:, RATIO] < 0) | (rows[:, RATIO] > 1)
         if bad.any():
             row, column = np.argwhere(bad)[0]
-            allowed = {CLIP: "above 0", STEP: "the row's number", ADVANCE: "1"}.get(
+            allowed = {CLIP: "above 0", STEP: "the row's number", ADVANCE: "1", RATIO: "0 ... 1"}.get(
                 int(column), "numbers that float32 holds"
             )
             raise ConfigError(
@@ -62,20 +64,40 @@ class StepTable:
         """How many times the model is evaluated."""
         return len(self.rows)
 
-    @property
+    @cached_property
     def history(self) -> int:
         """How many earlier x0 a row may look back at: 0, 1 or 2."""
         return 2 if self.rows[:, X_H2].any() else int(self.rows[:, X_H1].any())
 
-    @property
+    @cached_property
     def stochastic(self) -> bool:
         """Whether any row adds noise."""
         return bool(self.rows[:, X_Z].any())
 
-    @property
+    @cached_property
     def limited(self) -> bool:
         """Whether any row clips x0."""
         return bool(np.isfinite(self.rows[:, CLIP]).any())
+
+    @cached_property
+    def dynamic(self) -> bool:
+        """Whether any row has dynamic thresholding."""
+        return bool(self.rows[:, RATIO].any())
+
+    @cached_property
+    def learned(self) -> bool:
+        """Whether the model's second half of channels says how much noise is added."""
+        return bool(self.rows[:, [S_0, S_V]].any())
+
+    @cached_property
+    def direct(self) -> bool:
+        """Whether any row's update has a term in the model's output itself."""
+        return bool(self.rows[:, X_M].any())
+
+    @cached_property
+    def scaled(self) -> bool:
+        """Whether any row scales the model's input."""
+        return bool((self.rows[:, C_IN] != 1).any())
 
     @property
     def timesteps(self) -> Floats:
@@ -99,7 +121,7 @@ def step_table(t: ArrayLike, *, c_in: ArrayLike = 1.0, clip: float | None = None
         t: the model's time input of each row, [rows].
         c_in: scale of the model's input.
         clip: bound of abs(x0); None: no limit.
-        columns: any of x0_x, x0_m, x_x, x_x0, x_m, x_h1, x_h2, x_z.
+        columns: any of x0_x, x0_m, x_x, x_x0, x_m, x_h1, x_h2, x_z, ratio, s_0, s_v, k_x, k_z.
 
     Raises:
         ConfigError: for a column that doesn't exist or a table that `StepTable` doesn't allow.
@@ -114,6 +136,22 @@ def step_table(t: ArrayLike, *, c_in: ArrayLike = 1.0, clip: float | None = None
             raise ConfigError(f"a step table takes no column {name!r}; it takes {', '.join(COLUMNS[:-2])}")
         rows[:, COLUMNS.index(name)] = values
     return StepTable(rows)
+
+
+def check_ratio(ratio: float | None, clip: float | None) -> float:
+    """The column of dynamic thresholding's quantile: 0 for None. `ConfigError` for a ratio or a clip out of range."""
+    if ratio is None:
+        return 0.0
+    number = isinstance(ratio, int | float | np.number) and not isinstance(ratio, bool)
+    if not number or not 0 < ratio <= 1:
+        raise ConfigError(
+            f"dynamic_thresholding_ratio is {ratio!r}; allowed: None, or a number above 0 and up to 1 (0.995)"
+        )
+    if clip is None or check_clip(clip) < 1:
+        raise ConfigError(
+            f"clip is {clip!r}; with dynamic thresholding it bounds the threshold: a number of at least 1"
+        )
+    return float(ratio)
 
 
 def check_clip(clip: object) -> float:

@@ -88,8 +88,8 @@ def _reverse_step_inplace_cpu(
     nonfinite: Tensor,
     *read: Any,
 ) -> None:
-    *read, scaled = read
-    made = _reverse_step_cpu(x, model_output, table, cursor, seeds, h1, h2, *read)
+    *others, scaled = read
+    made = _reverse_step_cpu(x, model_output, table, cursor, seeds, h1, h2, *others)
     x.copy_(made[0])
     if h2 is not None and h1 is not None:
         h2.copy_(h1)
