@@ -78,7 +78,7 @@ def q_sample(
     stream: int = const.STREAM_TRAINING,
     noise: Tensor | None = None,
     keep_noise: bool = True,
-) -> tuple[Tensor, Tensor | Any]:
+) -> tuple[Tensor, Tensor | Any]:  # Any: who keeps the noise need not rule out None for the type checker
     """Forward noising, q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, 1 - alpha_bar_t) (Ho et al. 2020, eq. 4).
 
     Args:
