@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import triton
-from fastddpm_kernels import philox, q_sample_kernel, reverse_step_kernel
+from fastddpm_kernels import noise_mse_kernel, philox, q_sample_kernel, reverse_step_kernel
 from fastddpm_kernels.columns import COLUMNS
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -84,12 +84,29 @@ def variants() -> dict[str, Launch]:
         output = torch.cat([m, m], dim=1) if flags.get("learned") else m
         return launched(reverse_step_kernel, "reverse_step_kernel", launch, x, output, table, cursor, seeds, cursor)
 
+    def loss(dtype, *, shape=(2, 3, 32, 32), mixed=False, backward=False, last=False):
+        """The training loss or its gradient; mixed: of a target that has x0 in it."""
+        m = torch.zeros(shape, dtype=dtype)
+        m = m.to(memory_format=torch.channels_last) if last else m
+        x0 = (torch.zeros(shape), t, torch.zeros(10, 2)) if mixed else ()
+        gradient = {"grad": torch.zeros(shape[0]), "out": m} if backward else {}
+        launch = partial(noise_mse_kernel.launch_noise_mse, step=1, **gradient)
+        return launched(noise_mse_kernel, "noise_mse_kernel", launch, m, seeds, *x0)
+
     for dtype, short in ((torch.float32, "fp32"), (torch.bfloat16, "bf16"), (torch.float16, "fp16")):
         made[f"reverse_step-{short}"] = reverse(dtype)
+        made[f"noise_mse-{short}"] = loss(dtype)
+        made[f"noise_mse-backward-{short}"] = loss(dtype, backward=True)
         x, pairs = torch.zeros(2, 3, 32, 32, dtype=dtype), torch.zeros(10, 2)
-        q = partial(launched, q_sample_kernel, "q_sample_kernel", q_sample_kernel.launch_q_sample, x, x, x, t, pairs)
-        made[f"q_sample-{short}"] = q(seeds, step=1)
-        made[f"add_noise-{short}"] = q()
+        q = partial(launched, q_sample_kernel, "q_sample_kernel", q_sample_kernel.launch_q_sample)
+        made[f"q_sample-{short}"] = q(x, x, x, t, pairs, seeds, step=1)
+        made[f"noised-{short}"] = q(x, None, x, t, pairs, seeds, step=1)
+        made[f"add_noise-{short}"] = q(x, x, x, t, pairs)
+    made["noise_mse-mixed"] = loss(torch.bfloat16, mixed=True)
+    made["noise_mse-backward-mixed"] = loss(torch.bfloat16, mixed=True, backward=True)
+    made["noise_mse-backward-channels_last"] = loss(torch.bfloat16, mixed=True, backward=True, last=True)
+    made["noise_mse-odd"] = loss(torch.float32, shape=(2, 3, 5, 7))
+    made["noise_mse-large"] = loss(torch.float32, shape=(2, 3, 64, 64))
     made["reverse_step-masked"] = reverse(shape=(2, 1, 28, 28))
     made["reverse_step-odd"] = reverse(shape=(2, 3, 5, 7))
     made["reverse_step-one"] = reverse(shape=(2, 1))

@@ -30,8 +30,8 @@ class Division(NamedTuple):
 def division(n: int, block: int | None = None, *, plane: int = 0, width: int = 4, tensors: int = 1) -> Division:
     """The division of samples of n elements: the largest block that divides their lanes, or `block`.
 
-    `plane` is not 0 where a tensor is channels_last, `width` the bytes of an element of the widest tensor, `tensors` how
-    many are read. Not measured on a GPU yet.
+    `plane` is not 0 where a tensor is channels_last, `width` the bytes of an element of the widest tensor, `tensors`
+    how many are read. Not measured on a GPU yet.
     """
     q = chunk(n)
     # Samples begin at 16-byte boundaries, or they don't; and in channels_last adjacent lanes are not adjacent.
@@ -67,8 +67,9 @@ def program(n, q, FULL: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr)
     e = k * q + start + lane
     if VECTOR > 1:
         e = tl.max_contiguous(e, [1, VECTOR])
-    else:  # the order of the dimensions is known, the width of an access is 1
-        e = tl.multiple_of(tl.max_contiguous(e, [1, 4]), [1, 1])
+    else:
+        e = tl.max_contiguous(e, [1, 4])  # for the order of the dimensions
+        e = tl.multiple_of(e, [1, 1])  # and still no wide access
     if FULL:
         inside = tl.full((4, BLOCK), True, tl.int1)
     else:
@@ -79,7 +80,7 @@ def program(n, q, FULL: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr)
 
 @triton.jit
 def in_memory(e, inside, PLANE: tl.constexpr, CHANNELS: tl.constexpr):
-    """Where the logical elements e of (C, H, W) lie, and `inside`: as they are, or in channels_last (PLANE = H W not 0).
+    """Where the logical elements e of (C, H, W) lie, and `inside`: as given, or in channels_last (PLANE = H W not 0).
 
     The division is in 32 bits (`memory_order` refuses larger samples): in 64 it costs 8 instructions an element more.
     In channels_last the two are flattened, for a load or a store that no longer has an order of its own: Triton 3.6

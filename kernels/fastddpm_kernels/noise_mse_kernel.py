@@ -77,6 +77,8 @@ def launch_noise_mse(
     batch, n = model_output.shape[0], model_output[:1].numel()
     width = max(model_output.element_size(), 1 if x0 is None else x0.element_size())
     plane, channels = memory_order(model_output)
+    if grad is None and block is None:
+        block = 256  # one warp, so that its sum needs neither shared memory nor a barrier
     q, by = const.chunk(n), division(n, block, plane=plane, width=width)
     programs = grid(batch, q, by.block)
     if out is None:

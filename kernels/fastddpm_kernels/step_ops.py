@@ -98,14 +98,14 @@ def reverse_step_(
     _check_reverse_step(x, model_output, table, cursor, seeds, h1, h2, guidance, rescale, known, mask, learned)
     check_index("nonfinite", nonfinite, x.shape[0], (torch.int32,))
     for name, buffer in (("x", x), ("h1", h1), ("h2", h2), ("x0", x0), ("nonfinite", nonfinite)):
-        check(buffer is None or buffer.is_contiguous(), f"{name} is not contiguous; it is written in place")
+        check(buffer is None or buffer.is_contiguous(), "{} is not contiguous; it is written in place", name)
     if x0 is not None:
         _check_like("x0", x0, x)
-        check(x0.dtype == x.dtype, f"x0 and x differ in dtype; x is {x.dtype}")
+        check(x0.dtype == x.dtype, "x0 and x differ in dtype; x is {}", x.dtype)
     if model_input is not None:
         _check_like("model_input", model_input, x, samples=2 if guidance is not None else 1)
         last = model_input.ndim == 4 and model_input.is_contiguous(memory_format=torch.channels_last)
-        check(model_input.is_floating_point(), f"model_input is {model_input.dtype}; needed: a float dtype")
+        check(model_input.is_floating_point(), "model_input is {}; needed: a float dtype", model_input.dtype)
         check(model_input.is_contiguous() or last, "model_input is written in place; make it contiguous")
     read = (guidance, rescale, known, mask, limited, dynamic, noise, learned, direct, scaled)
     torch.ops.fastddpm.reverse_step_(x, model_output, table, cursor, seeds, h1, h2, model_input, x0, nonfinite, *read)
@@ -115,9 +115,12 @@ def _check_like(name: str, like: Tensor, x: Tensor, samples: int = 1, channels: 
     expected = (samples * x.shape[0], *x.shape[1:])
     if channels > 1 and x.ndim > 1:
         expected = (*expected[:1], channels * x.shape[1], *expected[2:])
-    more = f"; needed: {expected}" if samples * channels > 1 else ""
-    check(like.shape == expected, f"{name} has shape {tuple(like.shape)}; x has {tuple(x.shape)}{more}")
-    check(like.device == x.device, f"{name} is on {like.device}; x is on {x.device}")
+    check(
+        like.shape == expected,
+        "{} has shape {}; x has {}; needed: {}",
+        *(name, tuple(like.shape), tuple(x.shape), tuple(expected)),
+    )
+    check(like.device == x.device, "{} is on {}; x is on {}", name, like.device, x.device)
 
 
 def _check_reverse_step(
@@ -135,19 +138,19 @@ def _check_reverse_step(
     learned: bool,
 ) -> None:
     exact = x.device.type == "cpu" and x.dtype == torch.float64
-    check(x.dtype == torch.float32 or exact, f"x is {x.dtype}; the state is float32 (float64 on the CPU)")
-    check(not learned or x.ndim > 1, f"x has shape {tuple(x.shape)}; a learned variance needs channels")
+    check(x.dtype == torch.float32 or exact, "x is {}; the state is float32 (float64 on the CPU)", x.dtype)
+    check(not learned or x.ndim > 1, "x has shape {}; a learned variance needs channels", tuple(x.shape))
     _check_like("model_output", model_output, x, 2 if guidance is not None else 1, 2 if learned else 1)
-    check(model_output.dtype in FLOATS or exact, f"model_output is {model_output.dtype}; needed: {FLOATS}")
+    check(model_output.dtype in FLOATS or exact, "model_output is {}; needed: {}", model_output.dtype, FLOATS)
     for name, like in (("h1", h1), ("h2", h2), ("known", known)):
         if like is not None:
             _check_like(name, like, x)
-            check(like.dtype == x.dtype, f"{name} is {like.dtype}; x is {x.dtype}")
+            check(like.dtype == x.dtype, "{} is {}; x is {}", name, like.dtype, x.dtype)
     check(h2 is None or h1 is not None, "h2 is given without h1")
     check((known is None) == (mask is None), "known and mask go together; one is given without the other")
     if mask is not None:
         _check_like("mask", mask, x)
-        check(mask.dtype == torch.bool, f"mask is {mask.dtype}; needed: torch.bool")
+        check(mask.dtype == torch.bool, "mask is {}; needed: torch.bool", mask.dtype)
     check(rescale is None or guidance is not None, "rescale is given without guidance")
     for name, weight in (("guidance", guidance), ("rescale", rescale)):
         if weight is not None:
@@ -164,8 +167,8 @@ def _check_table(table: Tensor, dtype: torch.dtype, device: torch.device) -> Non
         and table.dtype == dtype
         and table.is_contiguous()
         and table.device == device,
-        f"table is {table.dtype} {tuple(table.shape)} on {table.device}; needed: {dtype} "
-        f"[rows, {len(col.COLUMNS)}] on {device}, contiguous",
+        "table is {} {} on {}; needed: {} [rows, {}] on {}, contiguous",
+        *(table.dtype, tuple(table.shape), table.device, dtype, len(col.COLUMNS), device),
     )
 
 
@@ -175,7 +178,7 @@ def advance_(cursor: Tensor, t: Tensor, table: Tensor) -> None:
     At an identity row a cursor stays.
     """
     check_index("cursor", cursor, cursor.shape[0], (torch.int32,))
-    check(t.shape == cursor.shape, f"t has shape {tuple(t.shape)}; cursor has {tuple(cursor.shape)}")
+    check(t.shape == cursor.shape, "t has shape {}; cursor has {}", tuple(t.shape), tuple(cursor.shape))
     check(cursor.is_contiguous() and t.is_contiguous(), "cursor and t are written in place; make them contiguous")
     _check_table(table, table.dtype, cursor.device)
     torch.ops.fastddpm.advance_(cursor, t, table)
