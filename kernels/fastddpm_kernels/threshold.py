@@ -265,8 +265,8 @@ def launch_threshold(
     s is `reference.dynamic_bound` of the x0 that the step kernel makes of these arguments; `rescale` is what the guided
     output is multiplied with, not phi. Where x0 has a NaN, which counts as the largest of all, s may be NaN.
 
-    One launch for samples of up to 4 `WHOLE` elements, else six, and 4 KiB of scratch memory a sample. `block`: lanes of
-    a program; by default chosen by shape alone. Raises `ValueError` for a layout that `memory_order` doesn't know.
+    One launch for samples of up to 4 `WHOLE` elements, else six, and 4 KiB of scratch memory a sample. `block`: lanes
+    of a program; by default chosen by shape alone. Raises `ValueError` for a layout that `memory_order` doesn't know.
     """
     if x.numel() == 0:
         return
@@ -289,8 +289,8 @@ def launch_threshold(
     )
     programs = grid(x.shape[0], q, by.block)
     if whole:
-        # 16 elements a thread, since a program waits for its sum at each bit; but in more than 16 warps, with 64 registers
-        # a thread, guided channels_last samples spill [compiled].
+        # 16 elements a thread, since a program waits for its sum at each bit; but in more than 16 warps, with 64
+        # registers a thread, guided channels_last samples spill [compiled].
         warps = max(1, min(16, by.block // 128))
         select_kernel[programs](*read, bound, table, cursor, n, q, **flags, num_warps=warps)
         return
