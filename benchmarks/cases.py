@@ -46,6 +46,7 @@ class Case:
     Attributes:
         name, title: for the command line, and for people.
         bytes_per_element: the least traffic, read and written: the copy's that is the roof.
+        traffic: what these bytes are.
         inputs: makes a set of inputs from a shape and a seed.
         contenders: by name.
     """
@@ -53,6 +54,7 @@ class Case:
     name: str
     title: str
     bytes_per_element: int
+    traffic: str
     inputs: Callable[[Shape, int], Any]
     contenders: dict[str, Contender]
 

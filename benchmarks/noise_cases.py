@@ -34,7 +34,8 @@ class ForwardInputs:
 class Forward:
     """q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, 1 - alpha_bar_t) (Ho et al. 2020, eq. 4), linear schedule."""
 
-    BYTES = 12  # x0 read, x_t and the noise written
+    BYTES = 12
+    TRAFFIC = "x_0 read, x_t and the noise written"
 
     def __init__(self, device: torch.device) -> None:
         schedule = NoiseSchedule.linear()
@@ -89,7 +90,7 @@ class Forward:
 
         return call
 
-    def compile(self, mode: str) -> Contender:
+    def compiled(self, mode: str) -> Callable[[ForwardInputs], Outputs]:
         """The eager formula, compiled."""
         table = self.table
 
@@ -99,7 +100,7 @@ class Forward:
             return a * x0 + b * noise, noise
 
         function = compiled(forward, mode)
-        return self.contender(lambda given: function(given.x0, given.t), "compile")
+        return lambda given: function(given.x0, given.t)
 
     def fused(self, given: ForwardInputs) -> Outputs:
         """Our op, drawing."""
@@ -115,11 +116,12 @@ def forward_noising(device: torch.device, *, with_compile: bool) -> Case:
     work = Forward(device)
     made = {"eager": work.contender(work.eager, "eager"), "diffusers": work.contender(work.diffusers(), "peer")}
     if with_compile:
-        made |= {name: work.compile(mode) for name, mode in compile_modes(device).items()}
+        modes = compile_modes(device).items()
+        made |= {name: work.contender(work.compiled(mode), "compile") for name, mode in modes}
     made[ours(device)] = work.contender(work.fused, "ours")
     made[f"{ours(device)}, noise given"] = work.contender(work.fused_given, "variant")
     made["copy"] = copy_contender(work.inputs)
-    return Case("q_sample", "Forward noising, noise stored", work.BYTES, work.inputs, made)
+    return Case("q_sample", "Forward noising, noise stored", work.BYTES, work.TRAFFIC, work.inputs, made)
 
 
 @dataclass
@@ -162,4 +164,5 @@ def noise_alone(device: torch.device, *, with_compile: bool) -> Case:
         ours(device): Contender(fused, "ours", check_fused),
         "copy": copy_contender(inputs),
     }
-    return Case("normal", "Standard normal noise (eager: torch.randn)", bytes_per_element, inputs, made)
+    title = "Standard normal noise (eager: torch.randn)"
+    return Case("normal", title, bytes_per_element, "the noise written", inputs, made)

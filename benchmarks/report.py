@@ -144,7 +144,8 @@ def markdown(run: Mapping[str, Any], stem: str) -> str:
     parts.append(f"![Bandwidth against size]({stem}-bandwidth.png)\n\n![Host time a call]({stem}-host.png)")
     for records in by_case(run).values():
         at = main_size(records)
-        parts.append(f"## {at['title']}\n\n{at['bytes_per_element']} bytes an element. At {size_name(at)}:")
+        least = f"{at['bytes_per_element']} bytes an element: {at['traffic']}."
+        parts.append(f"## {at['title']}\n\n{least} At {size_name(at)}:")
         parts += [full_table(at, host_times(records), cuda=cuda), "Microseconds at every size:"]
         parts.append(sizes_table(records, "us"))
         if any("burst_us" in c for r in records for c in r["contenders"].values()):

@@ -13,7 +13,7 @@ from fastddpm.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "benchmarks" / "results"
-FORMAT = 1  # of the file; a change that old readers don't understand is the next
+FORMAT = 2  # of the file; a change that old readers don't understand is the next
 
 
 def commit(root: Path = ROOT) -> tuple[str | None, bool]:

@@ -1,6 +1,6 @@
 """The reverse step, float32 state, bfloat16 model: reads x and the model's output, writes x' and the next model input.
 
-12 bytes an element. All contenders do that same work to float32 accuracy. Hence the peers get the model's output in
+All contenders do that same work to float32 accuracy. Hence the peers get the model's output in
 float32: given it in bfloat16, diffusers rounds its products with coefficients to 8 bits, and x' is off by 2e-3 (DDPM)
 or 1e-2 (DDIM).
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from fastddpm_kernels import columns as col
@@ -23,7 +23,6 @@ from benchmarks.gate import Gate, parts
 from fastddpm import solvers
 from fastddpm.schedule import NoiseSchedule
 
-BYTES = 12  # 4 + 2 read, 4 + 2 written
 CLIP = 1.0
 ATOL = 2e-5  # of a state in about [-4, 4]; terms of 15 in float32, and diffusers' float32 coefficients
 BFLOAT16 = 2.0**-8  # relative error of a store
@@ -42,6 +41,7 @@ class StepInputs:
     seeds: Tensor  # int64 [B]
     nonfinite: Tensor  # int32 [B]
     scratch: Outputs
+    guidance: Tensor | None = None  # float32 [B]; then m and model_input have 2 B samples, the unconditional ones first
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,16 @@ def update(schedule: NoiseSchedule, t: int, s: int, *, ancestral: bool) -> Updat
 class Steps:
     """One step of one solver on one device: its inputs, its table, its contenders."""
 
+    BYTES = 12  # 4 + 2 read, 4 + 2 written
+    TRAFFIC = "x and the model's output read, x' and the next model input written"
+
     def __init__(self, solver: str, steps: int, row: int, device: torch.device) -> None:
         schedule = NoiseSchedule.linear()
         made = solvers.make(solver, schedule, steps, clip=CLIP)
         self.row, self.device, self.noisy = row, device, made.stochastic
+        # What the op is told of the table, so that it is the variant that the sampler runs
+        told = ("limited", "dynamic", "learned", "direct", "scaled")
+        self.told: dict[str, Any] = {name: getattr(made, name) for name in told}
         self.t, s = (int(made.timesteps[r]) for r in (row, row + 1))
         self.update = update(schedule, self.t, s, ancestral=solver == "ddpm")
         rows = torch.tensor(made.with_identity(), dtype=torch.float32, device=device)
@@ -105,8 +111,16 @@ class Steps:
             cursor=torch.full((batch,), self.row, dtype=torch.int32, device=self.device),
             seeds=torch.arange(batch, device=self.device) + seed * 1_000_003,
             nonfinite=torch.zeros(batch, dtype=torch.int32, device=self.device),
-            scratch=copy(shape, BYTES, self.device, seed),
+            scratch=copy(shape, self.BYTES, self.device, seed),
         )
+
+    def prediction(self, m: Tensor) -> Tensor:
+        """What the solver takes from the model's output, in its dtype."""
+        return m
+
+    def stacked(self, x: Tensor) -> Tensor:
+        """The model's batch of the states."""
+        return x
 
     def contender(self, call: Callable[[StepInputs], Outputs], role: Role, noise: Noise = "none") -> Contender:
         """With the gate that belongs to where it has its noise from."""
@@ -131,11 +145,13 @@ class Steps:
         elif noise == "contract":
             z = normal(given.seeds, shape[1:], step=self.row, stream=1)
         for rows in parts(shape):
-            expected = self.update(x[rows].double(), m[rows].double(), None if z is None else z[rows].double())
+            predicted = self.prediction(split(m, shape[0], rows).double())
+            expected = self.update(x[rows].double(), predicted, None if z is None else z[rows].double())
             gate.near("x'", state[rows], expected, ATOL)
-            gate.near("the next model input", model_input[rows], expected, ATOL, BFLOAT16)
+            following = split(model_input, shape[0], rows)
+            gate.near("the next model input", following, self.stacked(expected), ATOL, BFLOAT16)
         if noise == "own":
-            mean = self.update(x.double(), m.double(), None)
+            mean = self.update(x.double(), self.prediction(m.double()), None)
             drawn = [(call(self.inputs(shape, 1))[0].double() - mean) / self.update.sigma for _ in range(2)]
             for draw in drawn:
                 gate.standard_normal("noise", draw)
@@ -146,17 +162,17 @@ class Steps:
     def eager(self, given: StepInputs) -> Outputs:
         """The formula in PyTorch, coefficients as Python numbers."""
         z = torch.randn_like(given.x) if self.noisy else None
-        x = self.update(given.x, given.m.float(), z)
-        return x, x.to(torch.bfloat16)
+        x = self.update(given.x, self.prediction(given.m.float()), z)
+        return x, self.stacked(x.to(torch.bfloat16))
 
     def compile(self, mode: str) -> Contender:
         """The same formula as one compiled function, coefficients from the table on the device."""
-        noisy, table = self.noisy, self.table
+        noisy, table, prediction, stacked = self.noisy, self.table, self.prediction, self.stacked
         terms = [(col.X_X, self.update.x_x), (col.X_M, self.update.x_m)]
         used = [column for column, value in terms if value != 0.0]
 
         def step(x: Tensor, m: Tensor, cursor: Tensor) -> Outputs:
-            row, m = table[cursor], m.float()
+            row, m = table[cursor], prediction(m.float())
 
             def c(index: int) -> Tensor:
                 return coefficients(row[:, index], x)
@@ -167,7 +183,7 @@ class Steps:
                 out = out + c(column) * (x if column == col.X_X else m)
             if noisy:
                 out = out + c(col.X_Z) * torch.randn_like(x)
-            return out, (coefficients(table[cursor + 1, col.C_IN], x) * out).to(torch.bfloat16)
+            return out, stacked((coefficients(table[cursor + 1, col.C_IN], x) * out).to(torch.bfloat16))
 
         function = compiled(step, mode)
 
@@ -188,7 +204,9 @@ class Steps:
                 given.seeds,
                 given.nonfinite,
                 model_input=given.model_input,
+                guidance=given.guidance,
                 noise=noise,
+                **self.told,
             )
             return given.x, given.model_input
 
@@ -205,8 +223,8 @@ class Steps:
             raise RuntimeError(f"diffusers is at t = {int(t)}, we are at {self.t}")
 
         def call(given: StepInputs) -> Outputs:
-            x = scheduler.step(given.m.float(), t, given.x).prev_sample
-            return x, scheduler.scale_model_input(x, t).to(torch.bfloat16)
+            x = scheduler.step(self.prediction(given.m.float()), t, given.x).prev_sample
+            return x, self.stacked(scheduler.scale_model_input(x, t).to(torch.bfloat16))
 
         return call
 
@@ -225,7 +243,13 @@ class Steps:
         made[fused] = self.contender(self.fused(noise=self.noisy), "ours", "contract" if self.noisy else "none")
         if self.noisy:
             made[f"{fused}, noise=False"] = self.contender(self.fused(noise=False), "variant")
-        return Case(name, title, BYTES, self.inputs, made | {"copy": copy_contender(self.inputs)})
+        made["copy"] = copy_contender(self.inputs)
+        return Case(name, title, self.BYTES, self.TRAFFIC, self.inputs, made)
+
+
+def split(stacked: Tensor, batch: int, rows: slice) -> Tensor:
+    """Those rows of each batch in a stack of batches."""
+    return torch.cat([part[rows] for part in stacked.split(batch)])
 
 
 def ddpm_step(device: torch.device, *, with_compile: bool) -> Case:

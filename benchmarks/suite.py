@@ -12,16 +12,20 @@ import torch
 from benchmarks import counts
 from benchmarks.cases import BASELINES, Case, Contender, Shape, no_compiler
 from benchmarks.gate import Gate, passes
+from benchmarks.guided_cases import guided_step
 from benchmarks.measure import Interleaved, Timer, Times, by_the_clock
 from benchmarks.noise_cases import forward_noising, noise_alone
 from benchmarks.step_cases import ddim_step, ddpm_step
 from benchmarks.timers import DeviceTimer, Loop, calls_for, enqueue_timer, l2_flush
+from benchmarks.training_cases import training_loss
 from fastddpm.errors import InputError
 
 CASES: dict[str, Callable[..., Case]] = {
     "ddpm_step": ddpm_step,
     "ddim_step": ddim_step,
+    "guided_step": guided_step,
     "q_sample": forward_noising,
+    "training_loss": training_loss,
     "normal": noise_alone,
 }
 LAUNCH_BOUND = 1 << 20  # elements: up to here a GPU also makes many calls in a row, and the host is timed
@@ -126,6 +130,7 @@ class Measurement:
             "shape": list(self.shape),
             "elements": self.elements,
             "bytes_per_element": self.case.bytes_per_element,
+            "traffic": self.case.traffic,
             "contenders": made,
             "left_out": self.left_out,
         }

@@ -16,14 +16,18 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from benchmarks import command, counts, report, results, suite
+from benchmarks import command, counts, report, results, step_cases, suite
 from benchmarks import run as run_module
 from benchmarks.cases import Case, Contender, compile_modes, no_compiler, roof, shapes
 from benchmarks.gate import Gate, bytes_equal, parts, passes
+from benchmarks.guided_cases import Guided
 from benchmarks.measure import Interleaved, Times
-from benchmarks.step_cases import Steps
+from benchmarks.step_cases import Noise, Steps
 from benchmarks.timers import DeviceTimer, Loop, enqueue_timer
+from benchmarks.training_cases import Training, with_gradient
+from fastddpm import Sampler, sampler, solvers
 from fastddpm.errors import InputError
+from fastddpm.schedule import NoiseSchedule
 
 CPU = torch.device("cpu")
 SHAPE = (2, 3, 8, 8)
@@ -96,6 +100,97 @@ def test_noise_of_a_contenders_own_is_tested() -> None:
     assert own_noise(1.0, seeded=False).passed
     assert "variance" in own_noise(1.1, seeded=False).reasons[0]
     assert "correlate" in own_noise(1.0, seeded=True).reasons[0]  # every call the same: a seed frozen in a graph
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda given: replace(given, guidance=given.guidance - 0.1),
+        lambda given: replace(given, m=given.m.roll(2, dims=0)),  # the halves for each other
+        lambda given: replace(given, m=torch.cat([given.m[2:], given.m[2:]])),  # no guidance
+    ],
+    ids=["weight", "order", "unguided"],
+)
+def test_a_wrong_guidance_has_no_speed(spoil: Any) -> None:
+    steps = Guided("ddim", 50, 25, CPU)
+    fused = steps.fused(noise=False)
+    assert passes(steps.contender(fused, "ours").check, SHAPE).passed
+    assert passes(steps.contender(lambda g: fused(spoil(g)), "ours").check, SHAPE).reasons[0].startswith("x' is off")
+
+
+@pytest.mark.parametrize("spoil", [lambda m: m[:2], lambda m: torch.cat([m[:2], m[:2] * 1.01])], ids=["once", "second"])
+def test_a_guided_step_writes_the_next_input_twice(spoil: Any) -> None:
+    steps = Guided("ddim", 50, 25, CPU)
+
+    def call(given: Any) -> Any:
+        x, model_input = steps.fused(noise=False)(given)
+        return x, spoil(model_input)
+
+    (reason,) = passes(steps.contender(call, "ours").check, SHAPE).reasons
+    assert reason.startswith("the next model input")
+
+
+@pytest.mark.parametrize(
+    "spoil, says",
+    [
+        (lambda x, loss, grad: (x + 1e-4, loss, grad), "x_t"),
+        (lambda x, loss, grad: (x, loss * 1.001, grad), "the loss"),
+        (lambda x, loss, grad: (x, loss, grad * 1.001), "the gradient"),
+        (lambda x, loss, grad: (x, loss, grad * grad.numel()), "the gradient"),  # of the sum, not of the mean
+    ],
+    ids=["state", "loss", "gradient", "sum"],
+)
+def test_a_wrong_training_loss_has_no_speed(spoil: Any, says: str) -> None:
+    work = Training(CPU)
+    made: list[tuple[Any, Noise]] = [(work.redrawn, "contract"), (work.stored(work.eager), "replayed")]
+    for call, noise in [*made, (work.stored(work.eager), "own")]:
+        contender = work.training(lambda g, call=call: spoil(*call(g)), "ours", noise)
+        reason = passes(contender.check, SHAPE).reasons[0]
+        # where the noise is solved for from the gradient, x_t shows that one's error
+        assert reason.startswith("x_t" if (noise, says) == ("own", "the gradient") else says)
+
+
+def test_the_losss_noise_is_that_of_the_noising() -> None:
+    work = Training(CPU)
+
+    def check(noising: Any, noise: Noise = "own") -> list[str]:
+        return passes(work.training(work.stored(noising), "compile", noise).check, (4, 3, 32, 32)).reasons
+
+    def seeded(given: Any) -> Any:
+        torch.manual_seed(0)
+        return work.eager(given)
+
+    def scaled(given: Any) -> Any:
+        noise = torch.randn_like(given.x0) * 1.1
+        a, b = work.table[given.t].T[..., None, None, None]
+        return a * given.x0 + b * noise, noise
+
+    assert check(work.eager) == []
+    assert "correlate" in check(seeded)[0]
+    assert "variance" in check(scaled)[0]
+    assert "x_t" in check(lambda given: (work.eager(given)[0], torch.randn_like(given.x0)))[0]  # two draws
+
+
+def test_a_gradient_adds_to_nothing() -> None:
+    m = torch.ones(3, requires_grad=True)
+    with torch.no_grad():  # as everything is measured
+        made = [with_gradient(lambda: m.square().sum(), m)[1] for _ in range(2)]
+    assert all(torch.equal(g, torch.full((3,), 2.0)) for g in made)
+    assert m.grad is None
+
+
+@pytest.mark.parametrize("name", ["ddpm", "ddim"])
+def test_the_step_measured_is_the_samplers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[dict[str, bool]] = []
+    for module in (step_cases, sampler):
+        monkeypatch.setattr(module, "reverse_step_", lambda *_, **words: told.append(words))
+    steps = Steps(name, 50, 25, CPU)
+    steps.fused(noise=steps.noisy)(steps.inputs(SHAPE, 0))
+    table = solvers.make(name, NoiseSchedule.linear(), 50, clip=1.0)
+    next(Sampler(lambda x, t: x, table, dtype=torch.bfloat16).trace(SHAPE, seeds=0))
+    flags = ("limited", "dynamic", "noise", "learned", "direct", "scaled")
+    assert [told[0][f] for f in flags] == [told[1][f] for f in flags]
+    assert told[0]["direct"] == (name == "ddim")
 
 
 def test_gate_sees_what_is_not_normal() -> None:
@@ -337,12 +432,20 @@ def small_run(**changed: Any) -> dict[str, Any]:
         "copy": timed("roof", 1.0),
     }
     cases = [
-        dict(case="c", title="A step", shape=[b, 1], elements=b, bytes_per_element=12, contenders=contenders)
+        dict(case="c", title="A step", shape=[b, 1], elements=b, bytes_per_element=12, traffic="x read")
+        | dict(contenders=contenders)
         for b in (4, 1000)
     ]
     machine = dict(cpu="X", cores=1, threads=1, gpu="GPU (Y)", driver="1.2", versions={"torch": "9"})
     machine |= dict(load_average=0.1, load_average_after=0.2)
-    run = dict(format=1, kind="kernels", date="2026-01-02T03:04:05+00:00", commit="a" * 40, dirty=True, short=False)
+    run = dict(
+        format=results.FORMAT,
+        kind="kernels",
+        date="2026-01-02T03:04:05+00:00",
+        commit="a" * 40,
+        dirty=True,
+        short=False,
+    )
     return run | dict(device="cuda", machine=machine, rounds=7, left_out={}, cases=cases) | changed
 
 
@@ -358,7 +461,7 @@ def test_names_and_strictness(tmp_path: Path) -> None:
     path.write_text(json.dumps(run | {"rounds": math.nan}))
     with pytest.raises(InputError, match="NaN is no JSON"):
         results.read(path)
-    path.write_text(json.dumps(run | {"format": 2}))
+    path.write_text(json.dumps(run | {"format": 1}))
     with pytest.raises(InputError, match="is no run of"):
         results.read(path)
 
@@ -372,6 +475,7 @@ def test_a_page_shows_no_figure_of_who_failed() -> None:
     assert [cell.strip() for cell in fused.split("|")][1:-1] == [
         *("fastddpm fused", "2", "2 ... 2", "2", "6", "50 %", "1", "0", "2", "1.50", "-", "1.0e-07")
     ]
+    assert "12 bytes an element: x read. At 1000x1:" in page
     assert "GPU (Y), driver 1.2; torch 9; commit aaaaaaa with changes, 2026-01-02" in page
 
 
