@@ -74,17 +74,20 @@ def magnitudes(
 
 @triton.jit
 def ranks(row, n):
-    """The ranks of the two order statistics, from 0, and the weight of the second; as the reference, in float64."""
+    """The rank of the first order statistic, from 0, and the weight of the next one; as the reference, in float64."""
     position = tl.load(row + RATIO).to(tl.float64) * (n - 1)
     low = tl.maximum(tl.minimum(position.to(tl.int64), n - 1), 0).to(tl.int32)
-    return low, tl.minimum(low + 1, n - 1), (position - low).to(tl.float32)
+    return low, (position - low).to(tl.float32)
 
 
 @triton.jit
 def store_bound(bound_ptr, row, a, b, weight):
-    """Interpolate between two order statistics, given as bits; keep within 1 ... clip."""
+    """Interpolate between two order statistics, given as bits; keep within 1 ... clip.
+
+    Of two infinities the difference is NaN; and behind the last element, where the weight is 0, b is no element.
+    """
     a, b = a.to(tl.float32, bitcast=True), b.to(tl.float32, bitcast=True)
-    s = tl.where((weight == 0) | (a == b), a, tl.fma(weight, b - a, a))  # of two infinities the difference is NaN
+    s = tl.where((weight == 0) | (a == b), a, tl.fma(weight, b - a, a))
     s = tl.maximum(s, 1.0, propagate_nan=tl.PropagateNan.ALL)
     s = tl.minimum(s, tl.load(row + CLIP), propagate_nan=tl.PropagateNan.ALL)
     tl.store(bound_ptr, s)
@@ -136,15 +139,15 @@ def select_kernel(
             x_ptr, m_ptr, guidance_ptr, rescale_ptr, row, n, q,
             GUIDED, RESCALED, LEARNED, PLANE, CHANNELS, FULL, VECTOR, BLOCK,
         )  # fmt: skip
-        low, high, weight = ranks(row, n)
+        low, weight = ranks(row, n)
         # a becomes the largest integer that no more than `low` elements are below: the element of that rank. Where
         # both elements are at most 1 it stays 0, and the bound will be 1.
         a = low * 0
-        for i in range(tl.where(number_below(bits, ONE + 1) > high, 0, 31)):
+        for i in range(tl.where(number_below(bits, ONE + 1) > low + 1, 0, 31)):
             raised = a | (1 << (30 - i))
             a = tl.where(number_below(bits, raised) <= low, raised, a)
         up_to_a = tl.sum((bits <= a).to(tl.int32))
-        b = tl.where(up_to_a > high, a, tl.min(tl.where(bits > a, bits, LARGEST)))
+        b = tl.where(up_to_a > low + 1, a, tl.min(tl.where(bits > a, bits, LARGEST)))
         store_bound(bound_ptr + 2 * sample, row, a, b, weight)
 
 
@@ -157,10 +160,10 @@ def descend(counts, rank, BINS: tl.constexpr):
 
 
 @triton.jit
-def settled(counts, high):
-    """Whether the first digits say that both elements are below 1."""
+def settled(counts, rank):
+    """Whether the first digits say that the element of this rank and the next one are below 1."""
     digit = tl.arange(0, 256)
-    return tl.sum(tl.load(counts + digit, digit < BELOW_ONE, other=0)) > high
+    return tl.sum(tl.load(counts + digit, digit < BELOW_ONE, other=0)) > rank + 1
 
 
 @triton.jit
@@ -189,10 +192,10 @@ def count_kernel(
     counts = counts_ptr + sample * COUNTS
     SHIFT: tl.constexpr = 23 - 8 * PASS if PASS < 3 else 0
     BINS: tl.constexpr = 256 if PASS < 3 else 128
-    rank, high, _ = ranks(row, n)
+    rank, _ = ranks(row, n)
     wanted = tl.load(row + RATIO) != 0
     if PASS > 0:
-        wanted = wanted & (not settled(counts, high))
+        wanted = wanted & (not settled(counts, rank))
     if wanted:
         bits = magnitudes(
             x_ptr, m_ptr, guidance_ptr, rescale_ptr, row, n, q,
@@ -228,10 +231,9 @@ def bound_kernel(
     if tl.load(row + RATIO) == 0:
         store_clip(bound_ptr + 2 * sample, row)
     else:
-        rank, high, weight = ranks(row, n)
-        last_of_all = rank == high
+        rank, weight = ranks(row, n)
         prefix = rank * 0
-        if settled(counts, high):
+        if settled(counts, rank):
             store_bound(bound_ptr + 2 * sample, row, prefix, prefix, weight)  # of 0: 1
         else:
             for p in tl.static_range(3):
@@ -245,7 +247,7 @@ def bound_kernel(
             again = tl.sum(tl.where(digit == last, count, 0)) > rank + 1
             following = tl.min(tl.where((digit > last) & (count > 0), digit, 128))
             b = tl.where(following < 128, prefix * 128 + following, LARGEST - tl.load(counts + ABOVE))
-            store_bound(bound_ptr + 2 * sample, row, a, tl.where(again | last_of_all, a, b), weight)
+            store_bound(bound_ptr + 2 * sample, row, a, tl.where(again, a, b), weight)
 
 
 def launch_threshold(
