@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 import triton
-from fastddpm_kernels import noise_mse_kernel, philox, q_sample_kernel, reverse_step_kernel
+from fastddpm_kernels import guidance_rescale, noise_mse_kernel, philox, q_sample_kernel, reverse_step_kernel, threshold
 from fastddpm_kernels.columns import COLUMNS
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
 TARGETS = (80, 90, 100)
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -31,22 +32,32 @@ TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int32": "
 Launch = tuple[ASTSource, dict[str, Any]]
 
 
-def launched(module: ModuleType, name: str, launch: Callable[..., None], *args: Any, **kwargs: Any) -> Launch:
-    """What `launch` asks Triton to compile for these arguments: the kernel `name` of `module`, and its options."""
-    kernel, caught = getattr(module, name), []
+def launched(module: ModuleType, launch: Callable[..., object], *args: Any, **kwargs: Any) -> list[Launch]:
+    """What `launch` asks Triton to compile for these arguments, in order: kernels of `module`, and their options."""
+    kernels = {name: f for name, f in vars(module).items() if isinstance(f, JITFunction) and name.endswith("_kernel")}
+    caught: list[Launch] = []
 
     class Recorder:
-        def __getitem__(self, grid: object) -> Callable[..., None]:
-            return lambda *a, **k: caught.append((a, k))
+        def __init__(self, kernel: JITFunction) -> None:
+            self.kernel = kernel
 
-    setattr(module, name, Recorder())
+        def __getitem__(self, grid: object) -> Callable[..., None]:
+            return self.record
+
+        def record(self, *positional: Any, **keywords: Any) -> None:
+            names = self.kernel.arg_names
+            options = {k: keywords.pop(k) for k in list(keywords) if k not in names}
+            values = dict(zip(names, positional, strict=False)) | keywords
+            caught.append((specialised(self.kernel, {name: values[name] for name in names}), options))
+
+    for name, kernel in kernels.items():
+        setattr(module, name, Recorder(kernel))
     try:
         launch(*args, **kwargs)
     finally:
-        setattr(module, name, kernel)
-    positional, keywords = caught[0]
-    options = {k: keywords.pop(k) for k in list(keywords) if k not in kernel.arg_names}
-    return specialised(kernel, dict(zip(kernel.arg_names, positional, strict=False)) | keywords), options
+        for name, kernel in kernels.items():
+            setattr(module, name, kernel)
+    return caught
 
 
 def specialised(kernel: Any, values: dict[str, Any]) -> ASTSource:
@@ -82,7 +93,7 @@ def variants() -> dict[str, Launch]:
         flags = {"limited": True, "noise": True, "direct": False, "scaled": False} | flags
         launch = partial(reverse_step_kernel.launch_reverse_step, out=x, model_input=m, **buffers, **flags)
         output = torch.cat([m, m], dim=1) if flags.get("learned") else m
-        return launched(reverse_step_kernel, "reverse_step_kernel", launch, x, output, table, cursor, seeds, cursor)
+        return launched(reverse_step_kernel, launch, x, output, table, cursor, seeds, cursor)[0]
 
     def loss(dtype, *, shape=(2, 3, 32, 32), mixed=False, backward=False, last=False):
         """The training loss or its gradient; mixed: of a target that has x0 in it."""
@@ -91,17 +102,17 @@ def variants() -> dict[str, Launch]:
         x0 = (torch.zeros(shape), t, torch.zeros(10, 2)) if mixed else ()
         gradient = {"grad": torch.zeros(shape[0]), "out": m} if backward else {}
         launch = partial(noise_mse_kernel.launch_noise_mse, step=1, **gradient)
-        return launched(noise_mse_kernel, "noise_mse_kernel", launch, m, seeds, *x0)
+        return launched(noise_mse_kernel, launch, m, seeds, *x0)[0]
 
     for dtype, short in ((torch.float32, "fp32"), (torch.bfloat16, "bf16"), (torch.float16, "fp16")):
         made[f"reverse_step-{short}"] = reverse(dtype)
         made[f"noise_mse-{short}"] = loss(dtype)
         made[f"noise_mse-backward-{short}"] = loss(dtype, backward=True)
         x, pairs = torch.zeros(2, 3, 32, 32, dtype=dtype), torch.zeros(10, 2)
-        q = partial(launched, q_sample_kernel, "q_sample_kernel", q_sample_kernel.launch_q_sample)
-        made[f"q_sample-{short}"] = q(x, x, x, t, pairs, seeds, step=1)
-        made[f"noised-{short}"] = q(x, None, x, t, pairs, seeds, step=1)
-        made[f"add_noise-{short}"] = q(x, x, x, t, pairs)
+        q = partial(launched, q_sample_kernel, q_sample_kernel.launch_q_sample)
+        [made[f"q_sample-{short}"]] = q(x, x, x, t, pairs, seeds, step=1)
+        [made[f"noised-{short}"]] = q(x, None, x, t, pairs, seeds, step=1)
+        [made[f"add_noise-{short}"]] = q(x, x, x, t, pairs)
     made["noise_mse-mixed"] = loss(torch.bfloat16, mixed=True)
     made["noise_mse-backward-mixed"] = loss(torch.bfloat16, mixed=True, backward=True)
     made["noise_mse-backward-channels_last"] = loss(torch.bfloat16, mixed=True, backward=True, last=True)
@@ -123,9 +134,39 @@ def variants() -> dict[str, Launch]:
     made["reverse_step-channels_last"] = reverse(last=True)
     everything = dict(history=2, x0=True, guided=True, learned=True, inpaint=True, dynamic=True, direct=True)
     made["reverse_step-everything"] = reverse(scaled=True, **everything)
-    made["normal"] = launched(philox, "normal_kernel", philox.launch_normal, x.float(), seeds, step=1, stream=0)
-    launch, table = reverse_step_kernel.launch_advance, torch.zeros(4, len(COLUMNS))
-    made["advance"] = launched(reverse_step_kernel, "advance_kernel", launch, cursor, t, table)
+    [made["normal"]] = launched(philox, philox.launch_normal, x.float(), seeds, step=1, stream=0)
+    table = torch.zeros(4, len(COLUMNS))
+    [made["advance"]] = launched(reverse_step_kernel, reverse_step_kernel.launch_advance, cursor, t, table)
+    return made | whole_samples(cursor, table)
+
+
+def whole_samples(cursor: torch.Tensor, table: torch.Tensor) -> dict[str, Launch]:
+    """The kernels that look at a whole sample before its step: dynamic thresholding and guidance rescale."""
+    made, two = {}, torch.zeros(2)
+
+    def model(shape, *, guided=True, learned=False, last=False):
+        m = torch.zeros(4 if guided else 2, shape[1] * (2 if learned else 1), *shape[2:], dtype=torch.bfloat16)
+        return m.to(memory_format=torch.channels_last) if last else m
+
+    for name, shape, options in (
+        ("small", (2, 3, 32, 32), dict(guided=False)),
+        ("full", (2, 4, 64, 64), dict(guided=False)),
+        ("everything", (2, 3, 64, 64), dict(learned=True, last=True)),
+        ("large", (2, 3, 256, 256), dict(guided=False)),
+    ):
+        weights = {"guidance": two, "rescale": two} if options.get("guided", True) else {}
+        launch = partial(threshold.launch_threshold, learned=options.get("learned", False), **weights)
+        launches = launched(threshold, launch, torch.zeros(shape), model(shape, **options), table, cursor, two)
+        made |= {f"threshold-{name}-{k}": launch for k, launch in enumerate(launches)}
+    for name, shape, options in (
+        ("small", (2, 3, 32, 32), {}),
+        ("full", (2, 4, 64, 64), {}),
+        ("learned", (2, 3, 64, 64), dict(learned=True, last=True)),
+        ("large", (2, 3, 256, 256), {}),
+    ):
+        launch = partial(guidance_rescale.launch_rescale_factor, learned=options.get("learned", False))
+        launches = launched(guidance_rescale, launch, model(shape, **options), two, two, two)
+        made |= {f"rescale-{name}-{k}": launch for k, launch in enumerate(launches)}
     return made
 
 
@@ -159,8 +200,9 @@ def main() -> None:
     def build(job: tuple[str, int, ASTSource, dict[str, Any]]) -> tuple[str, dict[str, object]]:
         name, sm, source, options = job
         made = inspect(triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options))
-        lanes = source.constants[(source.fn.arg_names.index("BLOCK"),)]
-        made["elements"] = 4 * lanes / (32 * options["num_warps"])  # a thread's
+        names, threads = source.fn.arg_names, 32 * options["num_warps"]
+        lanes = source.constants[(names.index("BLOCK"),)] if "BLOCK" in names else threads // 4
+        made["elements"] = 4 * lanes / threads  # a thread's
         return f"{name}-sm{sm}", made
 
     with ThreadPoolExecutor(2) as pool:

@@ -247,6 +247,30 @@ def test_a_finished_sample_stays_in_every_variant():
     assert not flags.any()
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_finished_slot_may_hold_anything(dynamic):
+    """NaN in the model's output, and so in the factor of its rescale, and in the slot's own weights."""
+    table, given = random_table(6, history=0, noise=False), inputs((3, 5, 7), torch.float32, guided=True)
+    given["m"][[2, 5]] = math.nan
+    cursor = torch.tensor([0, 3, 5], dtype=torch.int32, device=DEVICE)  # the last row is the identity
+    weights = [torch.tensor([2.0, 3.0, math.nan], device=DEVICE), torch.tensor([0.7, 0.5, math.nan], device=DEVICE)]
+    out, flags = torch.empty_like(given["x"]), torch.zeros_like(cursor)
+    read = (*weights, None, None, True, dynamic, False, False, True)
+    step_registration._launch(given["x"], given["m"], table.float(), cursor, SEEDS, flags, *read, out=out)
+    assert torch.equal(out[2], given["x"][2])
+    assert not flags.any()
+    exact = reference.reverse_step(
+        given["x"].double(),
+        given["m"].double(),
+        table.float().double(),
+        cursor,
+        guidance=weights[0].double(),
+        rescale=weights[1].double(),
+        dynamic=dynamic,
+    )
+    assert (out - exact.x).abs().max() <= 1e-4 * exact.x.abs().max()
+
+
 def test_the_known_region_is_its_own_forward_noising():
     """With DDPM's columns, k_x = sqrt(alpha_bar) and k_z = sqrt(1 - alpha_bar), it is q(x_t | x_0) with stream 3."""
     table = random_table(6, history=0)

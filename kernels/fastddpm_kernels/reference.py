@@ -230,10 +230,10 @@ def reverse_step(
 
     moving = c(col.ADVANCE) != 0  # at an identity row the sample stays, whatever the model says of it
     m, v = _prediction(model_output, guidance, rescale, learned, x.dtype)
-    m, v = torch.where(moving, m, 0.0), torch.where(moving, v, 0.0) if learned else None
+    m, v = torch.where(moving, m, 0.0), torch.where(moving, v, 0.0)
     x0 = c(col.X0_X) * x + c(col.X0_M) * m
     finite = torch.isfinite(x0).flatten(1).all(dim=1)
-    if v is not None:
+    if learned:
         finite &= torch.isfinite(v).flatten(1).all(dim=1)
     if dynamic:
         bound = _per_sample(dynamic_bound(x0, row[:, col.RATIO], row[:, col.CLIP]), x)
@@ -243,7 +243,7 @@ def reverse_step(
     elif limited:
         x0 = torch.clamp(x0, -c(col.CLIP), c(col.CLIP))  # torch's clamp keeps NaN
     out = c(col.X_X) * x + c(col.X_X0) * x0
-    x_z = c(col.X_Z) * torch.exp2(c(col.S_0) + c(col.S_V) * v) if v is not None else c(col.X_Z)
+    x_z = c(col.X_Z) * torch.exp2(c(col.S_0) + c(col.S_V) * v) if learned else c(col.X_Z)
     for scale, term in ((c(col.X_M), m if direct else None), (c(col.X_H1), h1), (c(col.X_H2), h2), (x_z, noise)):
         if term is not None:
             out = out + scale * term

@@ -77,7 +77,7 @@ def reverse_step_kernel(
 
     x = tl.load(x_ptr + base + e, inside, other=0.0)
     m, v = model_output(
-        m_ptr, guidance_ptr, rescale_ptr, sample, e, inside & moving, n, GUIDED, RESCALED, LEARNED, PLANE, CHANNELS
+        m_ptr, guidance_ptr, rescale_ptr, sample, e, inside, moving, n, GUIDED, RESCALED, LEARNED, PLANE, CHANNELS
     )
     if HISTORY >= 1:
         h1 = tl.load(h1_ptr + base + e, inside, other=0.0)

@@ -63,10 +63,10 @@ def magnitudes(
 ):
     """The bits of the step kernel's abs(x0), int32 [4, BLOCK]; past a sample's end LARGEST, which changes no rank."""
     sample, _, e, inside = program(n, q, FULL, VECTOR, BLOCK)
-    wanted = inside & (tl.load(row + ADVANCE).to(tl.int32) != 0)  # an identity row's m is not read
+    moving = tl.load(row + ADVANCE).to(tl.int32) != 0
     x = tl.load(x_ptr + sample * n + e, inside, other=0.0)
     m, _ = model_output(
-        m_ptr, guidance_ptr, rescale_ptr, sample, e, wanted, n, GUIDED, RESCALED, LEARNED, PLANE, CHANNELS
+        m_ptr, guidance_ptr, rescale_ptr, sample, e, inside, moving, n, GUIDED, RESCALED, LEARNED, PLANE, CHANNELS
     )
     x0 = tl.fma(tl.load(row + X0_M), m, tl.load(row + X0_X) * x)
     return tl.where(inside, x0.to(tl.int32, bitcast=True) & LARGEST, LARGEST)
