@@ -82,6 +82,7 @@ class Sampler:
 
     Args:
         model: any callable ``model(x, t, **kwargs)`` that returns a tensor like x, or an object with one as `.sample`.
+            It may have a second half of channels, a learned variance: only ``ddpm(variance="learned_range")`` reads it.
             x is [B, ...] in `dtype`; t is [B], int64 where all of the table's time steps are whole, else float32.
         table: the solver, from `fastddpm.solvers`.
         dtype: dtype of the model's input; None: that of its parameters, or float32 where it has none.
@@ -389,7 +390,10 @@ def _tensor_of(output: Any, shape: torch.Size, learned: bool) -> Tensor:
     output = getattr(output, "sample", output)
     if not isinstance(output, Tensor):
         raise InputError(f"the model returned a {type(output).__name__}; needed: a tensor, or an object with .sample")
-    if output.shape != (expected := (shape[0], 2 * shape[1], *shape[2:]) if learned else tuple(shape)):
+    with_variance = (shape[0], 2 * shape[1], *shape[2:])
+    if not learned and len(shape) > 2 and output.shape == with_variance:
+        return output[:, : shape[1]]  # the solver has a variance of its own
+    if output.shape != (expected := with_variance if learned else tuple(shape)):
         why = ", for a solver with a learned variance" if learned else ""
         raise InputError(
             f"the model returned shape {tuple(output.shape)} for an input of {tuple(shape)}; needed: {expected}{why}"

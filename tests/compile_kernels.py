@@ -131,7 +131,13 @@ def variants() -> dict[str, Launch]:
     made["reverse_step-history1"] = reverse(history=1, noise=False, direct=True)
     made["reverse_step-history2"] = reverse(history=2)
     made["reverse_step-x0"] = reverse(x0=True)
+    made["reverse_step-history1-noise"] = reverse(history=1, x0=True, shape=(2, 1, 28, 28))
     made["reverse_step-channels_last"] = reverse(last=True)
+    made["reverse_step-channels_last-learned"] = reverse(torch.float32, last=True, learned=True, shape=(2, 1, 28, 28))
+    made["reverse_step-channels_last-inpaint"] = reverse(last=True, inpaint=True)
+    made["reverse_step-channels_last-guided"] = reverse(
+        last=True, inpaint=True, guided=True, shape=(2, 3, 64, 64), scaled=True, direct=True
+    )
     everything = dict(history=2, x0=True, guided=True, learned=True, inpaint=True, dynamic=True, direct=True)
     made["reverse_step-everything"] = reverse(scaled=True, **everything)
     [made["normal"]] = launched(philox, philox.launch_normal, x.float(), seeds, step=1, stream=0)
@@ -152,6 +158,7 @@ def whole_samples(cursor: torch.Tensor, table: torch.Tensor) -> dict[str, Launch
         ("small", (2, 3, 32, 32), dict(guided=False)),
         ("full", (2, 4, 64, 64), dict(guided=False)),
         ("everything", (2, 3, 64, 64), dict(learned=True, last=True)),
+        ("odd", (2, 3, 63, 63), dict(learned=True)),
         ("large", (2, 3, 256, 256), dict(guided=False)),
     ):
         weights = {"guidance": two, "rescale": two} if options.get("guided", True) else {}

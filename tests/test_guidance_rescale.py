@@ -158,3 +158,11 @@ def test_the_step_against_float64(last, learned):
     )
     assert (out.tensor - exact.x).abs().max() < 5e-5
     assert not nonfinite.any()
+
+
+@pytest.mark.parametrize("value", [0.1, 0.3, 1 / 3])
+def test_a_constant_output_has_a_factor_of_1_in_the_reference_too(value):
+    """In float32 the deviation of a constant would be its rounding."""
+    m = torch.full((2, 3, 32, 32), value)
+    phi = torch.tensor([0.7, 1.0])
+    assert reference.rescale_factor(m, m * 3.3, phi).tolist() == [1.0, 1.0]

@@ -137,9 +137,10 @@ def test_block_size_slot_and_company_do_not_matter(shape):
     assert torch.equal(made[64], made[1024])
     for b in range(4):
         one = slice(b, b + 1)
-        alone = reverse_step(x[one], m[one], table, cursor[one], seeds[one])[0]
-        together = reverse_step(x, m, table, cursor, seeds)[0]
-        assert torch.equal(alone[0], together[b])
+        alone, of_one = torch.empty_like(x[one]), (x[one], m[one], table, cursor[one], seeds[one])
+        launch_reverse_step(*of_one, cursor[one] * 0, out=alone, limited=True, noise=True, block=256)
+        assert torch.equal(alone[0], made[256][b])
+        assert torch.equal(reverse_step(*of_one)[0][0], reverse_step(x, m, table, cursor, seeds)[0][b])
 
 
 def test_in_place_is_the_same():

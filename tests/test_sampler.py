@@ -360,8 +360,12 @@ def test_a_learned_variance_takes_the_models_second_half_of_channels():
         InputError, match=r"shape \(2, 3, 4, 4\) .* needed: \(2, 6, 4, 4\), for a solver with a learned"
     ):
         Sampler(lambda x, t: x, table).sample((2, 3, 4, 4), seeds=0)
-    with pytest.raises(InputError, match=r"needed: \(2, 3, 4, 4\)"):
-        Sampler(learning(0.0), SHORT).sample((2, 3, 4, 4), seeds=0)
+    alone = solvers.ddpm(SCHEDULE, 1, variance="learned_range")
+    assert Sampler(learning(0.5), alone).sample((2, 3, 4, 4), seeds=0).shape == (2, 3, 4, 4)
+    for other in (SHORT, solvers.ddim(SCHEDULE, 8)):  # these have a variance of their own, and drop the model's
+        made = Sampler(learning(math.nan), other).sample((2, 3, 4, 4), seeds=0)
+        expected = Sampler(lambda x, t: learning(0.0)(x, t)[:, :3], other).sample((2, 3, 4, 4), seeds=0)
+        assert torch.equal(made, expected)
 
 
 def test_dynamic_thresholding_keeps_the_samples_within_1():

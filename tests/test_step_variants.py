@@ -271,6 +271,88 @@ def test_a_finished_slot_may_hold_anything(dynamic):
     assert (out - exact.x).abs().max() <= 1e-4 * exact.x.abs().max()
 
 
+def test_a_finished_slots_history_may_hold_anything():
+    table, given = random_table(6), inputs((3, 5, 7), torch.float32, history=2)
+    given["h1"].fill_(math.nan)
+    given["h2"].fill_(math.inf)
+    done, out = torch.full_like(CURSOR, 5), torch.empty_like(given["x"])
+    histories = {"h1": given["h1"].clone(), "h2": given["h2"].clone()}
+    launch = dict(out=out, limited=True, noise=True, block=64)
+    launch_reverse_step(given["x"], given["m"], table.float(), done, SEEDS, CURSOR * 0, **launch, **histories)
+    assert torch.equal(out, given["x"])
+    on_cpu = [v.cpu() for v in (given["x"], given["m"], table.float(), done, SEEDS)]
+    assert torch.equal(reverse_step(*on_cpu, h1=given["h1"].cpu(), h2=given["h2"].cpu())[0], on_cpu[0])
+
+
+@pytest.mark.parametrize("where", ["all", "x", "m"])
+def test_tensors_that_begin_anywhere(where):
+    """A view one element behind an aligned address: no access may be as wide as it is elsewhere."""
+
+    def shifted(v):
+        memory = torch.full((v.numel() + 1,), math.nan, dtype=v.dtype, device=DEVICE)
+        return memory[1:].view(v.shape).copy_(v)
+
+    table, given = random_table(6, history=0), inputs((1, 32, 32), torch.bfloat16)
+    expected = launched(table, **given, block=None)[0]
+    x = shifted(given["x"]) if where != "m" else given["x"]
+    m = shifted(given["m"]) if where != "x" else given["m"]
+    out = torch.full((x.numel() + 1,), math.nan, device=DEVICE)
+    state = out[1:].view(x.shape)
+    launch = dict(out=state, limited=True, noise=True)
+    launch_reverse_step(x, m, table.float(), CURSOR, SEEDS, CURSOR * 0, **launch)
+    assert torch.equal(state, expected)
+    assert out[0].isnan()
+
+
+@pytest.mark.parametrize("last_in", [False, True])
+@pytest.mark.parametrize("last_m", [False, True])
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("variant", [{}, *VARIANTS], ids=lambda v: "-".join(v) or "plain")
+def test_the_cuda_ops_are_the_cpu_ops(variant, dynamic, last_m, last_in):
+    """The registered CUDA functions with the kernels interpreted: all flags, histories, and layouts that differ."""
+    learned, guided = variant.get("learned", False), variant.get("guided", False)
+    given = inputs((3, 4, 6), torch.float32, **variant, last=last_m)
+    table = random_table(6, history=variant.get("history", 0)).float()
+    if dynamic:
+        table[:5, col.RATIO], table[:5, col.CLIP] = 0.9, 1.4
+    rescale = torch.tensor([0.3, 0.9, 0.0], device=DEVICE) if guided else None
+    read = (given.get("guidance"), rescale, given.get("known"), given.get("mask"), True, dynamic, True, learned, True)
+
+    def run(inplace, plain):
+        h1, h2 = (given[k].clone() if k in given else None for k in ("h1", "h2"))
+        state, flags = given["x"].clone(), torch.zeros(BATCH, dtype=torch.int32, device=DEVICE)
+        following = torch.zeros(2 * BATCH if guided else BATCH, 3, 4, 6, dtype=torch.float32, device=DEVICE)
+        following = following.contiguous(memory_format=torch.channels_last if last_in else torch.contiguous_format)
+        x0, rows = torch.zeros_like(state), (given["m"], table, CURSOR, SEEDS)
+        made = plain(given["x"], *rows, h1, h2, *read)
+        inplace(state, *rows, h1, h2, following, x0, flags, *read, True)
+        return [*made, state, h1, h2, following, x0, flags]
+
+    ours = run(step_registration._reverse_step_inplace_cuda, step_registration._reverse_step_cuda)
+    theirs = run(step_registration._reverse_step_inplace_cpu, step_registration._reverse_step_cpu)
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert a.stride() == b.stride()
+            assert (a.double() - b.double()).abs().max() <= 2e-5 * (1 + b.double().abs().max())
+
+
+def test_the_step_has_no_derivative_and_says_so():
+    x = torch.zeros(2, 3, 4, requires_grad=True)
+    with pytest.raises(RuntimeError, match="reverse_step has no derivative"):
+        reverse_step(**CPU | {"x": x})[0].sum().backward()
+
+
+def test_a_table_without_an_identity_row_where_no_scale_is_asked_for():
+    flags, model_input = torch.zeros(2, dtype=torch.int32), torch.zeros(2, 3, 4)
+    table = torch.zeros(1, len(col.COLUMNS))
+    table[0, col.ADVANCE] = table[0, col.X_X] = 1.0
+    x = torch.ones(2, 3, 4)
+    where = CPU | {"x": x, "table": table}
+    reverse_step_(**where, nonfinite=flags, model_input=model_input, scaled=False, noise=False)
+    assert torch.equal(model_input, torch.ones(2, 3, 4))
+
+
 def test_the_known_region_is_its_own_forward_noising():
     """With DDPM's columns, k_x = sqrt(alpha_bar) and k_z = sqrt(1 - alpha_bar), it is q(x_t | x_0) with stream 3."""
     table = random_table(6, history=0)
@@ -335,6 +417,11 @@ CPU = dict(
         ({"known": torch.zeros(2, 3, 4), "mask": torch.zeros(2, 3, 4)}, "mask is torch.float32; needed: torch.bool"),
         ({"known": torch.zeros(2, 3, 4), "mask": torch.zeros(2, 1, 4).bool()}, r"mask has shape \(2, 1, 4\)"),
         ({"x": torch.zeros(2), "model_output": torch.zeros(2), "learned": True}, "a learned variance needs channels"),
+        ({"guidance": 7.5, "model_output": torch.zeros(4, 3, 4)}, "guidance is a float; needed: a tensor"),
+        ({"x": torch.zeros(())}, "x has no dimension"),
+        ({"seeds": None}, "seeds is a NoneType; needed: a tensor"),
+        ({"seeds": torch.zeros(2, dtype=torch.int64, device="meta")}, "seeds is on meta; needed: cpu"),
+        ({"table": [[0.0]]}, "table is a list; needed: a tensor"),
     ],
 )
 def test_bad_arguments(change, words):

@@ -59,6 +59,7 @@ def ddpm(
         s_0[:-1], s_v[:-1] = (large + small) / 2, (large - small) / 2
     if variance.startswith("learned"):
         sigma[:] = 1.0
+        s_v[-1] = 2.0**-20  # without effect, but a table of the last row alone must know that there is a v
     sigma[-1] = 0.0  # Ho et al., algorithm 2: z = 0 at the last step
     return step_table(
         strides.t,

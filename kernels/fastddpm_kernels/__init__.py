@@ -18,8 +18,10 @@ __all__ = ["add_noise", "advance_", "noise_mse", "normal", "q_sample", "reverse_
 
 def __getattr__(name: str) -> Any:
     if name in __all__:  # both modules: one name is enough for all of torch.ops.fastddpm
-        homes = [import_module(f".{home}", __name__) for home in ("ops", "step_ops")]
-        return next(getattr(home, name) for home in homes if hasattr(home, name))
+        for home in ("ops", "step_ops"):
+            found = vars(import_module(f".{home}", __name__))
+            globals().update({op: found[op] for op in __all__ if op in found})
+        return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -14,7 +14,8 @@ import triton.language as tl
 from .constants import chunk
 
 # 32 elements a thread share the loads of a table row, the addresses and the key schedule: with 16 the DDPM step has 7
-# instructions an element more [compiled for sm_90]. A step that reads more than 4 tensors has 16, to spare registers.
+# instructions an element more [compiled for sm_90]. A step that reads more than 4 tensors has 16, to spare registers;
+# in channels_last, where each element has an address of its own, one that reads more than 2: with 32 some spill.
 LANES_A_THREAD = 8
 
 
@@ -38,7 +39,7 @@ def division(n: int, block: int | None = None, *, plane: int = 0, width: int = 4
     vector = 16 // width if n % 16 == 0 and plane == 0 else 1
     if block is None:
         block = next((b for b in (1024, 512, 256) if q % b == 0), 512 if q > 256 else 256)
-    lanes = LANES_A_THREAD if tensors <= 4 else LANES_A_THREAD // 2
+    lanes = LANES_A_THREAD if tensors <= (2 if plane else 4) else LANES_A_THREAD // 2
     return Division(block, n == 4 * q and q % block == 0, vector, max(1, block // (32 * lanes)))
 
 

@@ -48,7 +48,7 @@ def noise_mse_kernel(
         target = tl.fma(a, target, b * x0)
     d = m - target
     if GRADIENT:
-        d *= tl.load(grad_ptr + sample) * (2.0 / n)
+        d *= tl.load(grad_ptr + sample) * tl.div_rn(2.0, n.to(tl.float32))
         tl.store(out_ptr + at, d.reshape(at.shape), there)
     else:
         d = tl.where(inside, d, 0.0)

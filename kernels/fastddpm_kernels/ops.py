@@ -23,7 +23,18 @@ def check(ok: bool, message: str, *values: object) -> None:
         raise ValueError(message.format(*values) if values else message)
 
 
-def check_index(name: str, index: Tensor, batch: int, dtypes: tuple[torch.dtype, ...]) -> None:
+def check_tensors(**tensors: object) -> None:
+    """Raise `ValueError` unless all are tensors, with a first dimension."""
+    for name, given in tensors.items():
+        check(isinstance(given, Tensor), "{} is a {}; needed: a tensor", name, type(given).__name__)
+        check(given.ndim >= 1, "{} has no dimension; needed: one row a sample", name)  # type: ignore[attr-defined]
+
+
+def check_index(name: str, index: Tensor, like: Tensor, dtypes: tuple[torch.dtype, ...], batch: int = -1) -> None:
+    """Raise `ValueError` unless it has an element for each of `like`'s samples (or `batch`), on its device."""
+    batch = like.shape[0] if batch < 0 else batch
+    check_tensors(**{name: index})
+    check(index.device == like.device, "{} is on {}; needed: {}", name, index.device, like.device)
     check(
         index.shape == (batch,) and index.dtype in dtypes,
         "{} is {} of shape {}; needed: {} of ({},)",
@@ -47,7 +58,8 @@ def normal(seeds: Tensor, shape: Sequence[int], *, step: int = 0, stream: int = 
     Raises:
         ValueError: seeds that aren't int64 [B], an empty or negative shape, a step or stream out of range.
     """
-    check_index("seeds", seeds, seeds.shape[0] if seeds.ndim else 0, (torch.int64,))
+    check_tensors(seeds=seeds)
+    check_index("seeds", seeds, seeds, (torch.int64,))
     check(all(s >= 1 for s in shape), "shape is {}; every size must be at least 1", tuple(shape))
     _check_counter(step, stream)
     return torch.ops.fastddpm.normal(seeds, list(shape), step, stream)
@@ -64,7 +76,9 @@ def add_noise(x0: Tensor, noise: Tensor, t: Tensor, table: Tensor) -> Tensor:
     Arguments and errors as in `q_sample`. Differentiable in `x0` and `noise`.
     """
     _check_q_sample(x0, t, table)
+    check_tensors(noise=noise)
     check(noise.shape == x0.shape, "noise has shape {}; x0 has {}", tuple(noise.shape), tuple(x0.shape))
+    check(noise.device == x0.device, "noise is on {}; x0 is on {}", noise.device, x0.device)
     return torch.ops.fastddpm.add_noise(x0, noise.to(x0.dtype), t, table)
 
 
@@ -72,7 +86,7 @@ def q_sample(
     x0: Tensor,
     t: Tensor,
     table: Tensor,
-    seeds: Tensor,
+    seeds: Tensor | None = None,
     *,
     step: int = 0,
     stream: int = const.STREAM_TRAINING,
@@ -85,7 +99,7 @@ def q_sample(
         x0: clean samples [B, ...], float32, bfloat16 or float16 (float64 on the CPU, with a float64 table).
         t: int64 [B], the row of the table that each sample is noised to; not checked against the table's length.
         table: float32 [T, 2]: sqrt(alpha_bar), sqrt(1 - alpha_bar), on x0's device.
-        seeds: int64 [B].
+        seeds: int64 [B]; needed unless the noise is given.
         step, stream: the noise counter's, where the noise is drawn here.
         noise: given noise, like x0; then seeds, step and stream are not used.
         keep_noise: with False, noise that is drawn here is not stored, and None is returned for it: 8 bytes an element
@@ -102,7 +116,9 @@ def q_sample(
     if noise is not None:
         return add_noise(x0, noise, t, table), noise
     _check_q_sample(x0, t, table)
-    check_index("seeds", seeds, x0.shape[0], (torch.int64,))
+    if seeds is None:
+        raise ValueError("neither seeds nor noise are given; needed: one of them")
+    check_index("seeds", seeds, x0, (torch.int64,))
     _check_counter(step, stream)
     if not keep_noise:
         return torch.ops.fastddpm.noised(x0, t, table, seeds, step, stream), None
@@ -110,9 +126,11 @@ def q_sample(
 
 
 def _check_q_sample(x0: Tensor, t: Tensor, table: Tensor) -> None:
+    check_tensors(x0=x0, table=table)
     exact = x0.device.type == "cpu" and x0.dtype == table.dtype == torch.float64
     check(x0.dtype in FLOATS or exact, "x0 is {}; needed: float32, bfloat16 or float16", x0.dtype)
-    check_index("t", t, x0.shape[0], (torch.int64,))
+    check_index("t", t, x0, (torch.int64,))
+    check(table.device == x0.device, "table is on {}; x0 is on {}", table.device, x0.device)
     check(
         table.ndim == 2 and table.shape[1] == 2 and (table.dtype == torch.float32 or exact) and table.is_contiguous(),
         "table is {} {}; needed: float32 [T, 2], contiguous",
@@ -157,15 +175,18 @@ def noise_mse(
             are given.
         RuntimeError: where a second derivative is asked for.
     """
+    check_tensors(model_output=model_output)
     m, shape = model_output, tuple(model_output.shape)
     exact = m.device.type == "cpu" and m.dtype == torch.float64
     check(m.dtype in FLOATS or exact, "model_output is {}; needed: float32, bfloat16 or float16", m.dtype)
-    check(len(shape) >= 1 and all(s >= 1 for s in shape[1:]), "model_output has shape {}; needed: [B, ...]", shape)
-    check_index("seeds", seeds, shape[0], (torch.int64,))
+    check(all(s >= 1 for s in shape[1:]), "model_output has shape {}; needed: [B, ...]", shape)
+    check_index("seeds", seeds, m, (torch.int64,))
     _check_counter(step, stream)
     if x0 is not None and t is not None and table is not None:
         _check_q_sample(x0, t, table)
         check(x0.shape == m.shape, "x0 has shape {}; model_output has {}", tuple(x0.shape), shape)
+        check(x0.device == m.device, "x0 is on {}; model_output is on {}", x0.device, m.device)
+        check(exact == (table.dtype == torch.float64), "table is {}; model_output is {}", table.dtype, m.dtype)
         check(not x0.requires_grad, "x0 requires a gradient, and noise_mse has none for it; give x0.detach()")
     else:
         check(x0 is t is table, "some of x0, t and table are missing; give all three, or none for the noise as target")

@@ -126,7 +126,7 @@ def noise_mse(
 def noise_mse_backward(grad: Tensor, model_output: Tensor, *drawn: Any) -> Tensor:
     """Its gradient, 2 (m - target) grad[b] / n, in the output's dtype; `drawn` are the other arguments of the loss."""
     d = _off_target(model_output, *drawn)
-    return (_per_sample(grad * (2 / d[:1].numel()), d) * d).to(model_output.dtype)
+    return (_per_sample(grad * (2 / math.prod(d.shape[1:])), d) * d).to(model_output.dtype)
 
 
 def _off_target(
@@ -161,7 +161,8 @@ def rescale_factor(conditional: Tensor, m: Tensor, rescale: Tensor) -> Tensor:
     phi std(m_c) / std(m) + 1 - phi (Lin et al. 2023, arXiv 2305.08891, eq. 15-16), with phi = `rescale` [B] and
     deviations over a sample; 1 where m is constant.
     """
-    theirs, own = conditional.flatten(1).std(1, correction=0), m.flatten(1).std(1, correction=0)
+    # From the first element, since the deviation of a constant must be 0 and not its rounding.
+    theirs, own = ((v.flatten(1) - v.flatten(1)[:, :1]).std(1, correction=0) for v in (conditional, m))
     return torch.where(own == 0, 1.0, rescale * theirs / own + 1 - rescale)
 
 
@@ -176,7 +177,9 @@ def dynamic_bound(x0: Tensor, ratio: Tensor, clip: Tensor) -> Tensor:
     low = position.long()
     high = (low + 1).clamp(max=ordered.shape[1] - 1)
     a, b = (ordered.gather(1, i[:, None])[:, 0] for i in (low, high))
-    return (a + (position - low).to(a.dtype) * (b - a)).clamp_min(1.0).minimum(clip)
+    weight = (position - low).to(a.dtype)
+    between = torch.where((weight == 0) | (a == b), a, a + weight * (b - a))  # the difference of infinities is NaN
+    return between.clamp_min(1.0).minimum(clip)
 
 
 class Step(NamedTuple):
@@ -244,6 +247,7 @@ def reverse_step(
         x0 = torch.clamp(x0, -c(col.CLIP), c(col.CLIP))  # torch's clamp keeps NaN
     out = c(col.X_X) * x + c(col.X_X0) * x0
     x_z = c(col.X_Z) * torch.exp2(c(col.S_0) + c(col.S_V) * v) if learned else c(col.X_Z)
+    h1, h2 = (None if h is None else torch.where(moving, h, 0.0) for h in (h1, h2))
     for scale, term in ((c(col.X_M), m if direct else None), (c(col.X_H1), h1), (c(col.X_H2), h2), (x_z, noise)):
         if term is not None:
             out = out + scale * term

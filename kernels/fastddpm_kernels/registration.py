@@ -15,11 +15,11 @@ from torch import Tensor
 from . import reference
 
 LIB = torch.library.Library("fastddpm", "DEF")
-LIB.define("normal(Tensor seeds, SymInt[] shape, int step, int stream) -> Tensor")
+LIB.define("normal(Tensor seeds, SymInt[] shape, SymInt step, int stream) -> Tensor")
 LIB.define("add_noise(Tensor x0, Tensor noise, Tensor t, Tensor table) -> Tensor")
-LIB.define("q_sample(Tensor x0, Tensor t, Tensor table, Tensor seeds, int step, int stream) -> (Tensor, Tensor)")
-LIB.define("noised(Tensor x0, Tensor t, Tensor table, Tensor seeds, int step, int stream) -> Tensor")
-_DRAWN = "Tensor model_output, Tensor seeds, Tensor? x0, Tensor? t, Tensor? table, int step, int stream"
+LIB.define("q_sample(Tensor x0, Tensor t, Tensor table, Tensor seeds, SymInt step, int stream) -> (Tensor, Tensor)")
+LIB.define("noised(Tensor x0, Tensor t, Tensor table, Tensor seeds, SymInt step, int stream) -> Tensor")
+_DRAWN = "Tensor model_output, Tensor seeds, Tensor? x0, Tensor? t, Tensor? table, SymInt step, int stream"
 LIB.define(f"noise_mse({_DRAWN}) -> Tensor")
 LIB.define(f"noise_mse_backward(Tensor grad, {_DRAWN}) -> Tensor")
 

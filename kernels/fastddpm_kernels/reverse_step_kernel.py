@@ -80,9 +80,9 @@ def reverse_step_kernel(
         m_ptr, guidance_ptr, rescale_ptr, sample, e, inside, moving, n, GUIDED, RESCALED, LEARNED, PLANE, CHANNELS
     )
     if HISTORY >= 1:
-        h1 = tl.load(h1_ptr + base + e, inside, other=0.0)
+        h1 = tl.load(h1_ptr + base + e, inside & moving, other=0.0)
     if HISTORY >= 2:
-        h2 = tl.load(h2_ptr + base + e, inside, other=0.0)
+        h2 = tl.load(h2_ptr + base + e, inside & moving, other=0.0)
     if INPAINT:
         known = tl.load(known_ptr + base + e, inside, other=0.0)
         is_known = (tl.load(mask_ptr + base + e, inside, other=0) != 0) & moving
@@ -93,8 +93,8 @@ def reverse_step_kernel(
     if LEARNED:
         check += tl.sum(v * 0.0, axis=0)
     if DYNAMIC:
-        bound, scale = tl.load(bound_ptr + 2 * sample), tl.load(bound_ptr + 2 * sample + 1)
-        x0 = tl.clamp(x0, -bound, bound, propagate_nan=tl.PropagateNan.ALL) * scale
+        bound, inverse = tl.load(bound_ptr + 2 * sample), tl.load(bound_ptr + 2 * sample + 1)
+        x0 = tl.clamp(x0, -bound, bound, propagate_nan=tl.PropagateNan.ALL) * inverse
     elif LIMITED:
         x0 = tl.clamp(x0, -clip, clip, propagate_nan=tl.PropagateNan.ALL)
 

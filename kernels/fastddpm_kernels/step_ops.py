@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import columns as col
 from . import step_registration  # noqa: F401 (defines the ops)
-from .ops import FLOATS, check, check_index
+from .ops import FLOATS, check, check_index, check_tensors
 
 
 def reverse_step(
@@ -37,7 +37,7 @@ def reverse_step(
         x: state [B, ...], float32 (float64 on the CPU, with a float64 table).
         model_output: float32, bfloat16 or float16, contiguous or channels_last, shaped as x. With `guidance` it has 2 B
             samples, the unconditional ones first; with `learned`, twice as many channels (the second dimension).
-        table: float32 [rows, len(COLUMNS)], contiguous; its coefficients are not checked.
+        table: float32 [rows, len(COLUMNS)], contiguous, its last row an identity row; the coefficients are not checked.
         cursor: int32 [B], each sample's row; not checked against the table's length.
         seeds: int64 [B]; the noise is normal(seed, stream 1, the row's step).
         h1, h2: float32, the predicted clean samples of the last two rows, where the table has history.
@@ -46,7 +46,7 @@ def reverse_step(
         rescale: float32 [B], phi of each sample: how far the guided output's deviation is brought back to that of the
             conditional one (Lin et al. 2023, eq. 15-16). 0: not at all.
         known, mask: a known sample, float32, and where it is known, bool, both shaped as x: there x' is
-            k_x known + k_z z, with z of stream 3 (inpainting; Lugmayr et al. 2022, eq. 8a).
+            k_x known + k_z z, with z of stream 3 (inpainting; Lugmayr et al. 2022, eq. 8a). Not checked for NaN.
         limited: whether any row has a finite `clip`. False leaves the clamp out.
         dynamic: whether any row has a `ratio`: dynamic thresholding (Imagen, arXiv 2205.11487).
         noise: whether any row has `x_z`. False leaves the noise out.
@@ -57,8 +57,12 @@ def reverse_step(
         (x', x0, nonfinite): the new state; the limited prediction of the clean sample (the next row's h1); int32 [B],
         0 where all of x0 (and v) was finite before the limit, else the row's step + 1.
 
+    The flags must be true of the table, as `StepTable`'s properties of these names are: what one leaves out is left
+    out whatever the rows say.
+
     Raises:
-        ValueError: where a shape or a dtype is not as above.
+        ValueError: where a shape, a dtype or a device is not as above.
+        RuntimeError: where a derivative is asked for.
     """
     _check_reverse_step(x, model_output, table, cursor, seeds, h1, h2, guidance, rescale, known, mask, learned)
     read = (guidance, rescale, known, mask, limited, dynamic, noise, learned, direct)
@@ -96,7 +100,7 @@ def reverse_step_(
     `model_output` and `model_input` must be contiguous.
     """
     _check_reverse_step(x, model_output, table, cursor, seeds, h1, h2, guidance, rescale, known, mask, learned)
-    check_index("nonfinite", nonfinite, x.shape[0], (torch.int32,))
+    check_index("nonfinite", nonfinite, x, (torch.int32,))
     for name, buffer in (("x", x), ("h1", h1), ("h2", h2), ("x0", x0), ("nonfinite", nonfinite)):
         check(buffer is None or buffer.is_contiguous(), "{} is not contiguous; it is written in place", name)
     if x0 is not None:
@@ -112,6 +116,7 @@ def reverse_step_(
 
 
 def _check_like(name: str, like: Tensor, x: Tensor, samples: int = 1, channels: int = 1) -> None:
+    check_tensors(**{name: like})
     expected = (samples * x.shape[0], *x.shape[1:])
     if channels > 1 and x.ndim > 1:
         expected = (*expected[:1], channels * x.shape[1], *expected[2:])
@@ -137,11 +142,13 @@ def _check_reverse_step(
     mask: Tensor | None,
     learned: bool,
 ) -> None:
+    check_tensors(x=x, model_output=model_output, table=table)
     exact = x.device.type == "cpu" and x.dtype == torch.float64
     check(x.dtype == torch.float32 or exact, "x is {}; the state is float32 (float64 on the CPU)", x.dtype)
     check(not learned or x.ndim > 1, "x has shape {}; a learned variance needs channels", tuple(x.shape))
     _check_like("model_output", model_output, x, 2 if guidance is not None else 1, 2 if learned else 1)
-    check(model_output.dtype in FLOATS or exact, "model_output is {}; needed: {}", model_output.dtype, FLOATS)
+    allowed = (*FLOATS, torch.float64) if exact else FLOATS
+    check(model_output.dtype in allowed, "model_output is {}; needed: {}", model_output.dtype, allowed)
     for name, like in (("h1", h1), ("h2", h2), ("known", known)):
         if like is not None:
             _check_like(name, like, x)
@@ -154,10 +161,10 @@ def _check_reverse_step(
     check(rescale is None or guidance is not None, "rescale is given without guidance")
     for name, weight in (("guidance", guidance), ("rescale", rescale)):
         if weight is not None:
-            check_index(name, weight, x.shape[0], (x.dtype,))
+            check_index(name, weight, x, (x.dtype,))
     _check_table(table, x.dtype, x.device)
-    check_index("cursor", cursor, x.shape[0], (torch.int32,))
-    check_index("seeds", seeds, x.shape[0], (torch.int64,))
+    check_index("cursor", cursor, x, (torch.int32,))
+    check_index("seeds", seeds, x, (torch.int64,))
 
 
 def _check_table(table: Tensor, dtype: torch.dtype, device: torch.device) -> None:
@@ -177,7 +184,9 @@ def advance_(cursor: Tensor, t: Tensor, table: Tensor) -> None:
 
     At an identity row a cursor stays.
     """
-    check_index("cursor", cursor, cursor.shape[0], (torch.int32,))
+    check_tensors(cursor=cursor, t=t, table=table)
+    check_index("cursor", cursor, cursor, (torch.int32,))
+    check(table.dtype in (torch.float32, torch.float64), "table is {}; needed: float32 or float64", table.dtype)
     check(t.shape == cursor.shape, "t has shape {}; cursor has {}", tuple(t.shape), tuple(cursor.shape))
     check(cursor.is_contiguous() and t.is_contiguous(), "cursor and t are written in place; make them contiguous")
     _check_table(table, table.dtype, cursor.device)

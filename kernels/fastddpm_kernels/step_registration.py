@@ -98,10 +98,13 @@ def _reverse_step_inplace_cpu(
             target.copy_(made[1])
     nonfinite.copy_(torch.where(nonfinite == 0, made[2], nonfinite))
     if model_input is not None:
-        at = cursor.long()
-        c_in = table[at + table[at, col.ADVANCE].long(), col.C_IN].reshape(-1, *[1] * (x.ndim - 1))
+        following = x
+        if scaled:
+            at = cursor.long()
+            c_in = table[at + table[at, col.ADVANCE].long(), col.C_IN]
+            following = c_in.reshape(-1, *[1] * (x.ndim - 1)) * x
         for half in model_input.split(x.shape[0]):  # two where there is guidance
-            half.copy_(c_in * x if scaled else x)
+            half.copy_(following)
 
 
 def _advance_cpu(cursor: Tensor, t: Tensor, table: Tensor) -> None:
@@ -235,3 +238,10 @@ torch.library.register_fake(
 )
 torch.library.register_fake("fastddpm::reverse_step_", lambda *_: None, lib=LIB)
 torch.library.register_fake("fastddpm::advance_", lambda *_: None, lib=LIB)
+
+
+def _no_derivative(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError("reverse_step has no derivative; take it from fastddpm_kernels.reference.reverse_step")
+
+
+torch.library.register_autograd("fastddpm::reverse_step", _no_derivative, lib=LIB)

@@ -267,14 +267,17 @@ def launch_threshold(
     s is `reference.dynamic_bound` of the x0 that the step kernel makes of these arguments; `rescale` is what the guided
     output is multiplied with, not phi. Where x0 has a NaN, which counts as the largest of all, s may be NaN.
 
-    One launch for samples of up to 4 `WHOLE` elements, else six, and 4 KiB of scratch memory a sample. `block`: lanes
-    of a program; by default chosen by shape alone. Raises `ValueError` for a layout that `memory_order` doesn't know.
+    One launch for samples of up to 4 `WHOLE` elements (2 `WHOLE` if guided and learned), else six, and 4 KiB of scratch
+    memory a sample. `block`: lanes of a program; by default chosen by shape alone. Raises `ValueError` for a layout
+    that `memory_order` doesn't know.
     """
     if x.numel() == 0:
         return
     n = x[0].numel()
     q = chunk(n)
-    whole = q <= (WHOLE if block is None else block)
+    # Half as many where both halves of channels and of samples are read: else they spill where nothing is aligned.
+    most = WHOLE // 2 if learned and guidance is not None else WHOLE
+    whole = q <= (most if block is None else block)
     plane, channels = memory_order(model_output)
     by = division(n, triton.next_power_of_2(q) if whole and block is None else block, plane=plane)
     read = (x, model_output, x if guidance is None else guidance, x if rescale is None else rescale)
