@@ -70,7 +70,7 @@ def specialised(kernel: Any, values: dict[str, Any]) -> ASTSource:
         elif kernel.params[index].is_constexpr or (value == 1 and not fixed):
             signature[name], constexprs[(index,)] = "constexpr", value
         else:
-            signature[name] = "i32"
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
         if signature[name][0] == "*" or (signature[name] == "i32" and not fixed and value % 16 == 0):
             attrs[(index,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constexprs, attrs)

@@ -20,11 +20,11 @@ INSTRUCTIONS = {
     "add_noise-bf16": 8.1,
     "add_noise-fp16": 7.1,
     "add_noise-fp32": 4.7,
-    "noise_mse-backward-bf16": 33.5,
-    "noise_mse-backward-channels_last": 52.4,
-    "noise_mse-backward-fp16": 33.0,
-    "noise_mse-backward-fp32": 31.6,
-    "noise_mse-backward-mixed": 37.0,
+    "noise_mse-backward-bf16": 33.0,
+    "noise_mse-backward-channels_last": 52.1,
+    "noise_mse-backward-fp16": 32.5,
+    "noise_mse-backward-fp32": 31.3,
+    "noise_mse-backward-mixed": 36.7,
     "noise_mse-bf16": 33.0,
     "noise_mse-fp16": 32.5,
     "noise_mse-fp32": 31.5,
@@ -45,14 +45,18 @@ INSTRUCTIONS = {
     "rescale-small-0": 47.8,
     "reverse_step-bf16": 41.8,
     "reverse_step-channels_last": 53.4,
+    "reverse_step-channels_last-guided": 105.4,
+    "reverse_step-channels_last-inpaint": 91.2,
+    "reverse_step-channels_last-learned": 75.0,
     "reverse_step-ddim": 14.9,
     "reverse_step-dynamic": 42.8,
-    "reverse_step-everything": 105.2,
+    "reverse_step-everything": 106.2,
     "reverse_step-fp16": 41.3,
     "reverse_step-fp32": 40.0,
     "reverse_step-guided": 48.5,
-    "reverse_step-history1": 16.9,
-    "reverse_step-history2": 45.3,
+    "reverse_step-history1": 17.4,
+    "reverse_step-history1-noise": 47.7,
+    "reverse_step-history2": 46.3,
     "reverse_step-inpaint": 74.3,
     "reverse_step-learned": 49.0,
     "reverse_step-masked": 44.7,
@@ -61,14 +65,23 @@ INSTRUCTIONS = {
     "reverse_step-scaled": 45.9,
     "reverse_step-unlimited": 39.7,
     "reverse_step-x0": 43.7,
-    "threshold-everything-0": 53.1,
+    "threshold-everything-0": 79.2,
+    "threshold-everything-1": 91.4,
+    "threshold-everything-2": 93.8,
+    "threshold-everything-3": 84.0,
+    "threshold-everything-4": 579.0,
     "threshold-full-0": 25.1,
-    "threshold-large-0": 62.1,
+    "threshold-large-0": 62.2,
     "threshold-large-1": 74.4,
-    "threshold-large-2": 76.7,
+    "threshold-large-2": 76.8,
     "threshold-large-3": 67.0,
     "threshold-large-4": 579.0,
-    "threshold-small-0": 40.1,
+    "threshold-odd-0": 87.4,
+    "threshold-odd-1": 96.9,
+    "threshold-odd-2": 100.0,
+    "threshold-odd-3": 90.5,
+    "threshold-odd-4": 579.0,
+    "threshold-small-0": 40.2,
 }
 WHOLE_SAMPLES = ("threshold", "rescale")  # the kernels that sum and count over a sample: these do need shared memory
 SMS = (80, 90, 100)
@@ -99,8 +112,8 @@ def test_nothing_that_streams_goes_through_shared_memory(compiled):
 
 
 def test_registers_leave_room_for_other_warps(compiled):
-    # 204, with two histories: 9 warps an SM, each with 14 KB on its way. The plain step has up to 128 (16 warps).
-    assert max(code["registers"] for code in compiled.values()) <= 204
+    # 222, with two histories: 9 warps an SM, each with 14 KB on its way. The plain step has up to 128 (16 warps).
+    assert max(code["registers"] for code in compiled.values()) <= 222
     for dtype in ("fp32", "bf16", "fp16"):
         assert max(compiled[f"reverse_step-{dtype}-sm{sm}"]["registers"] for sm in SMS) <= 130
 

@@ -25,6 +25,7 @@ def noise_mse_kernel(
     out_ptr,  # GRADIENT: like m, of it; else float32 [B, blocks]: the blocks' parts of each sample's loss
     n,  # elements a sample
     q,  # lanes a sample: constants.chunk(n)
+    scale,  # 2 / n, of the gradient
     step,
     stream: tl.constexpr,
     MIXED: tl.constexpr,  # the target is table[t, 0] z + table[t, 1] x0; else the noise z itself
@@ -48,7 +49,7 @@ def noise_mse_kernel(
         target = tl.fma(a, target, b * x0)
     d = m - target
     if GRADIENT:
-        d *= tl.load(grad_ptr + sample) * tl.div_rn(2.0, n.to(tl.float32))
+        d *= tl.load(grad_ptr + sample) * scale
         tl.store(out_ptr + at, d.reshape(at.shape), there)
     else:
         d = tl.where(inside, d, 0.0)
@@ -95,6 +96,7 @@ def launch_noise_mse(
             out,
             n,
             q,
+            2.0 / n,
             step,
             stream,
             MIXED=x0 is not None,
