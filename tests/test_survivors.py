@@ -1,6 +1,7 @@
 """What the mutation test (`mutate_kernels.py`) showed that no other test sees."""
 
 import ctypes
+import faulthandler
 import math
 import mmap
 import os
@@ -40,6 +41,7 @@ def died(work: Callable[[], object]) -> int:
     sys.stdout.flush()
     pid = os.fork()
     if pid == 0:
+        faulthandler.disable()
         signal.alarm(60)
         code = 1
         try:
