@@ -42,6 +42,7 @@ def died(work: Callable[[], object]) -> int:
     pid = os.fork()
     if pid == 0:
         faulthandler.disable()
+        torch.set_num_threads(1)  # the parent's other threads are not in the fork, and would be waited for
         signal.alarm(60)
         code = 1
         try:
