@@ -260,3 +260,15 @@ def test_infinities_are_the_references_too():
     x0 = torch.full((1, 70), 2.0)
     x0[0, :5] = math.inf
     assert reference.dynamic_bound(x0, torch.tensor([0.99]), torch.tensor([5.0])).tolist() == [5.0]
+
+
+@pytest.mark.parametrize("block", [None, 16])
+def test_two_neighbours_that_differ_in_their_last_bits(block):
+    """The next element is in the bins of the last digit, above that of the first."""
+    values = torch.full((1, 105), 2.0)
+    values[0, 52:] = torch.tensor(2.0).view(torch.int32).add(5).view(torch.float32)
+    x, table, cursor = fenced(values.view(1, 3, 5, 7)), plain_rows([0.495]), cursor_at(0)
+    made = bounds(x, fenced(torch.zeros(1, 3, 5, 7)), table, cursor, block)[0, 0].double()
+    exact = expected(x, table, cursor)[0]
+    assert 2.0 < exact < values[0, -1]
+    assert abs(made - exact) <= 2.0**-22
