@@ -59,7 +59,16 @@ STEP = [
 ]
 Q_SAMPLE, LOSS = ["test_q_sample"], ["test_noise_mse.test_slices_and_single_elements", "test_noise_mse"]
 TESTS = {  # a module's tests: the quickest to kill first, then whole files; what has run does not run again
-    "lanes": [*NOISE, *STEP, *LOSS, *Q_SAMPLE, "test_noise", "test_survivors", "test_far"],
+    "lanes": [
+        "test_survivors.test_how_samples_are_divided",
+        *NOISE,
+        *STEP,
+        *LOSS,
+        *Q_SAMPLE,
+        "test_noise",
+        "test_survivors",
+        "test_far",
+    ],
     "philox": [*NOISE, "test_noise", *Q_SAMPLE, *STEP, "test_survivors", "test_far"],
     "prediction": [*STEP, "test_survivors", "test_far", "test_threshold.test_an_identity_row_reads_no_model_output"],
     "reverse_step_kernel": [*STEP, "test_survivors", "test_far"],

@@ -15,7 +15,7 @@ import pytest
 import torch
 from fastddpm_kernels import guidance_rescale, noise_mse_kernel, philox, q_sample_kernel, reverse_step_kernel, threshold
 from fastddpm_kernels.columns import COLUMNS
-from fastddpm_kernels.lanes import Division, division, grid
+from fastddpm_kernels.lanes import division, grid
 from helpers import DEVICE, random_table
 from torch import Tensor
 
@@ -132,27 +132,30 @@ def test_the_wall_stands():
     assert died(lambda: ctypes.string_at(values.data_ptr(), 13)) == -signal.SIGSEGV
 
 
-@pytest.mark.parametrize(
-    "n, options, block, full, vector, warps",
-    [
-        (3 * 32 * 32, {}, 256, True, 4, 1),
-        (3 * 64 * 64, {}, 1024, True, 4, 4),
-        (2 * 32 * 32, {}, 512, True, 4, 2),
-        (28 * 28, {}, 256, False, 4, 1),
-        (1, {}, 256, False, 1, 1),
-        (4 * 272, {}, 512, False, 4, 2),
-        (4 * 273 - 1, {}, 512, False, 1, 2),
-        (2 * 32 * 32, {"block": 64}, 64, True, 4, 1),
-        (2 * 32 * 32, {"block": 1024}, 1024, False, 4, 4),
-        (3 * 64 * 64, {"width": 2}, 1024, True, 8, 4),
-        (3 * 64 * 64, {"plane": 1}, 1024, True, 1, 4),
-        (3 * 64 * 64, {"tensors": 4}, 1024, True, 4, 4),
-        (3 * 64 * 64, {"tensors": 5}, 1024, True, 4, 8),
-    ],
+DIVISIONS = (  # n, options, and the division: block, full, vector, warps
+    (3 * 32 * 32, {}, (256, True, 4, 1)),
+    (3 * 64 * 64, {}, (1024, True, 4, 4)),
+    (2 * 32 * 32, {}, (512, True, 4, 2)),
+    (28 * 28, {}, (256, False, 4, 1)),
+    (1, {}, (256, False, 1, 1)),
+    (4 * 272, {}, (512, False, 4, 2)),
+    (4 * 528, {}, (512, False, 4, 2)),
+    (4 * 273 - 1, {}, (512, False, 1, 2)),
+    (2 * 32 * 32, {"block": 64}, (64, True, 4, 1)),
+    (2 * 32 * 32, {"block": 1024}, (1024, False, 4, 4)),
+    (3 * 64 * 64, {"width": 2}, (1024, True, 8, 4)),
+    (3 * 64 * 64, {"plane": 1}, (1024, True, 1, 4)),
+    (3 * 64 * 64, {"plane": 2, "tensors": 2}, (1024, True, 1, 4)),
+    (3 * 64 * 64, {"plane": 2, "tensors": 3}, (1024, True, 1, 8)),
+    (3 * 64 * 64, {"tensors": 4}, (1024, True, 4, 4)),
+    (3 * 64 * 64, {"tensors": 5}, (1024, True, 4, 8)),
 )
-def test_how_samples_are_divided(n, options, block, full, vector, warps):
+
+
+def test_how_samples_are_divided():
     """Accesses of 16 bytes where samples begin at 16 bytes; 32 elements a thread, or 16 where much is read."""
-    assert division(n, **options) == Division(block, full, vector, warps)
+    for n, options, expected in DIVISIONS:
+        assert division(n, **options) == expected, (n, options)
 
 
 def test_the_grid_ends_where_cuda_does():
