@@ -14,6 +14,7 @@ from fastddpm_kernels import reference
 from fastddpm_kernels.columns import CLIP, COLUMNS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from trajectories import awkward_model, run
 
 from fastddpm import solvers
 from fastddpm.errors import ConfigError
@@ -23,19 +24,6 @@ from fastddpm.solvers.spacing import timesteps
 LINEAR = NoiseSchedule.linear()
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 SPACINGS = ("leading", "linspace", "trailing")
-
-
-def run(table, model, x, noise):
-    """The state after each row: what `columns` says a row does, word for word. noise: [rows, *x.shape]."""
-    states, h1, h2 = [], 0.0, 0.0
-    for row, z in zip(table.rows, noise, strict=True):
-        c = dict(zip(COLUMNS, row, strict=True))
-        m = model(c["c_in"] * x, c["t"])
-        x0 = np.clip(c["x0_x"] * x + c["x0_m"] * m, -c["clip"], c["clip"])
-        x = c["x_x"] * x + c["x_x0"] * x0 + c["x_m"] * m + c["x_h1"] * h1 + c["x_h2"] * h2 + c["x_z"] * z
-        h1, h2 = x0, h1
-        states.append(x)
-    return np.array(states)
 
 
 # ---- coefficients against long double -------------------------------------------------------------------------------
@@ -157,11 +145,6 @@ def test_time_steps_fall_strictly_and_stay_in_range(data, num_steps, spacing):
 
 
 # ---- whole trajectories against diffusers ----------------------------------------------------------------------------
-
-
-def awkward_model(x, t):
-    """Any smooth function of (x, t) that leaves [-1, 1], so that the clip has work to do."""
-    return np.tanh(x + 0.001 * t) + 0.3 * x
 
 
 def diffusers_states(scheduler, x, noise, steps, monkeypatch, **step_options):

@@ -71,6 +71,7 @@ def ddim(
         x_z=eta * np.sqrt(strides.noise_next / strides.noise * strides.beta),
         k_x=np.sqrt(strides.bar_next),
         k_z=np.sqrt(strides.noise_next),
+        start=strides.start,
         clip=clip,
         ratio=check_ratio(dynamic_thresholding_ratio, clip),
     )

@@ -72,6 +72,7 @@ def ddpm(
         s_v=s_v,
         k_x=np.sqrt(strides.bar_next),
         k_z=np.sqrt(strides.noise_next),
+        start=strides.start,
         clip=clip,
         ratio=check_ratio(dynamic_thresholding_ratio, clip),
     )

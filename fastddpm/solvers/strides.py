@@ -61,6 +61,11 @@ class Strides:
             noise_next=-np.expm1(log_next) + 0.0,  # + 0.0: no minus zero in the last row
         )
 
+    @property
+    def start(self) -> tuple[float, float]:
+        """(alpha, sigma) of the first time step: the scales of x_0 and of the noise in its state."""
+        return math.exp(0.5 * self.log_bar[0]), math.sqrt(self.noise[0])
+
     def predicted_x0(self, prediction_type: str) -> tuple[Floats, Floats]:
         """(x0_x, x0_m) with x_0 = x0_x x + x0_m m (arXiv 2006.11239, eq. 15; v: 2202.00512, appendix D).
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 from fastddpm_kernels.columns import ADVANCE, C_IN, CLIP, COLUMNS, RATIO, S_0, S_V, STEP, X_H1, X_H2, X_M, X_X, X_Z, T
@@ -22,13 +23,21 @@ class StepTable:
 
     Attributes:
         rows: float64 [num_rows, len(COLUMNS)], read-only, without the identity row.
+        start: (alpha, sigma) of the noise level at which the first row finds its state, alpha x_0 + sigma eps: what a
+            picture is noised with to start from it. The level behind row i is (k_x[i], k_z[i]).
+        init_noise_sigma: what standard normal noise is scaled with to start from it.
+        history_of: what "x0" is in the rows' formulas, and so what they look back at: "sample", the predicted x_0, or
+            "epsilon", the predicted noise (where it is a combination of noises that a solver extrapolates).
 
     Raises:
         ConfigError: where a value isn't finite in float32 (`clip` may be infinite), `clip` isn't positive, `step`
-            doesn't count 0, 1, 2 ..., `advance` isn't 1, or `ratio` isn't in 0 ... 1.
+            doesn't count 0, 1, 2 ..., `advance` isn't 1, `ratio` isn't in 0 ... 1, or noise is to be clipped.
     """
 
     rows: Floats
+    start: tuple[float, float] = (0.0, 1.0)
+    init_noise_sigma: float = 1.0
+    history_of: Literal["sample", "epsilon"] = "sample"
 
     def __post_init__(self) -> None:
         rows = np.array(self.rows, dtype=np.float64)
@@ -47,6 +56,13 @@ class StepTable:
             raise ConfigError(
                 f"step table: {COLUMNS[column]} of row {row} is {rows[row, column]:g}; allowed: {allowed}"
             )
+        for name, value in (("start", sum(self.start)), ("init_noise_sigma", self.init_noise_sigma)):
+            if not 0 < value < np.inf or min(self.start) < 0:
+                raise ConfigError(f"step table: {name} is {getattr(self, name)}; allowed: finite numbers above 0")
+        if self.history_of not in ("sample", "epsilon"):
+            raise ConfigError(f"history_of is {self.history_of!r}; allowed: 'sample', 'epsilon'")
+        if self.history_of == "epsilon" and (np.isfinite(rows[:, CLIP]).any() or rows[:, RATIO].any()):
+            raise ConfigError("this solver looks back at predicted noise, which can't be clipped; use clip=None")
         rows.flags.writeable = False
         object.__setattr__(self, "rows", rows)
 
@@ -114,13 +130,23 @@ class StepTable:
         return np.vstack([self.rows, identity])
 
 
-def step_table(t: ArrayLike, *, c_in: ArrayLike = 1.0, clip: float | None = None, **columns: ArrayLike) -> StepTable:
+def step_table(
+    t: ArrayLike,
+    *,
+    c_in: ArrayLike = 1.0,
+    clip: float | None = None,
+    start: tuple[float, float] = (0.0, 1.0),
+    init_noise_sigma: float = 1.0,
+    history_of: Literal["sample", "epsilon"] = "sample",
+    **columns: ArrayLike,
+) -> StepTable:
     """A table from its columns: arrays of one length, or numbers for all rows; what isn't given is 0.
 
     Args:
         t: the model's time input of each row, [rows].
         c_in: scale of the model's input.
         clip: bound of abs(x0); None: no limit.
+        start, init_noise_sigma, history_of: see `StepTable`.
         columns: any of x0_x, x0_m, x_x, x_x0, x_m, x_h1, x_h2, x_z, ratio, s_0, s_v, k_x, k_z.
 
     Raises:
@@ -135,7 +161,7 @@ def step_table(t: ArrayLike, *, c_in: ArrayLike = 1.0, clip: float | None = None
         if name not in COLUMNS or name in ("step", "advance"):
             raise ConfigError(f"a step table takes no column {name!r}; it takes {', '.join(COLUMNS[:-2])}")
         rows[:, COLUMNS.index(name)] = values
-    return StepTable(rows)
+    return StepTable(rows, start, init_noise_sigma, history_of)
 
 
 def check_ratio(ratio: float | None, clip: float | None) -> float:
