@@ -20,7 +20,7 @@ from . import __version__
 from .errors import DeviceError, FastDDPMError
 
 _LAZY = {"train": ("fastddpm.training.command", "train", "Train a UNet on your images.")}
-_ORDER = ("sample", "train", "info")
+_ORDER = ("sample", "train", "solvers", "info")
 INTERRUPTED = 130
 
 
@@ -120,9 +120,21 @@ def main(ctx: click.Context, debug: bool) -> None:
     help="Folder of a UNet in diffusers' layout, as fastddpm train writes it.  [default: the Fashion-MNIST model]",
 )
 @click.option("--num", type=int, default=16, show_default=True, metavar="N", help="How many pictures.")
-@click.option("--solver", default="ddim", show_default=True, metavar="NAME", help="The sampler: ddim or ddpm.")
-@click.option("--steps", type=int, default=50, show_default=True, metavar="N", help="Model evaluations a picture.")
+@click.option(
+    "--solver", default="ddim", show_default=True, metavar="NAME", help="The sampler; fastddpm solvers lists them."
+)
+@click.option("--steps", type=int, default=50, show_default=True, metavar="N", help="Steps of the solver.")
 @click.option("--eta", type=float, metavar="X", help="Noise of ddim: 0 (none) to 1 (as much as ddpm).  [default: 0]")
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Another option of the solver, as order=3 or spacing=karras; may be given again.",
+)
+@click.option(
+    "--guidance", type=float, metavar="W", help="Classifier-free guidance towards the class; 1: none.  [default: 1]"
+)
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="0 to 2^64 - 1.")
 @click.option("--class", "label", type=int, metavar="N", help="Pictures of this class alone.  [default: each in turn]")
 @click.option(
@@ -168,6 +180,7 @@ def sample(as_json: bool, **options: Any) -> None:
       fastddpm sample
       fastddpm sample --num 64 --seed 7 --class 8 --out bags.png
       fastddpm sample --solver ddpm --steps 250 --trace filmstrip.png
+      fastddpm sample --solver dpm_solver --steps 10 --set order=3 --set spacing=karras
       fastddpm sample --weights my-model --json
     """
     from .sampling import Request, run
@@ -186,6 +199,23 @@ def sample(as_json: bool, **options: Any) -> None:
         f"{result['seconds']:.2f} s, {result['images_per_second']:.1f} images/s"
     )
     click.echo(f"on {result['path']}")
+
+
+@main.command()
+@json_option
+@debug_option
+def solvers(as_json: bool) -> None:
+    """List the solvers with their options and what these are by default."""
+    from . import solvers
+
+    known = {name: solvers.options(name) for name in solvers.names()}
+    if as_json:
+        click.echo(json.dumps({name: dict(options) for name, options in known.items()}, default=repr))
+        return
+    for name, options in known.items():
+        click.echo(f"{name}: {solvers.summary(name)}")
+        for option, default in options.items():
+            click.echo(f"    {option}={default}")
 
 
 @main.command()

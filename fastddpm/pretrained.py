@@ -94,13 +94,15 @@ class SchedulerConfig:
     def table(self, solver: str, steps: int | None = None, **options: object) -> StepTable:
         """The table of `solver` for this model; `options` go before what the config says.
 
+        What the config says and the solver has no option for (a clip of x_0, where it extrapolates noise) is left out.
         Where x_0 is clipped, ddim takes the noise that agrees with it (``use_clipped_model_output=True``): with the
         default of `solvers.ddim` and diffusers a model that is often clipped gives grey pictures.
 
         Raises `ConfigError` as `solvers.make` does, or where `solver` has not the model's variance.
         """
-        given = {**self.options, **options}
-        if "variance" in solvers.options(solver) and "variance" not in given:
+        known = solvers.options(solver)
+        given = {**{name: value for name, value in self.options.items() if name in known}, **options}
+        if "variance" in known and "variance" not in given:
             kind = self.variance_type
             if not isinstance(kind, str) or kind not in _VARIANCES:
                 raise ConfigError(
@@ -108,7 +110,7 @@ class SchedulerConfig:
                     f"{', '.join(map(repr, _VARIANCES))}. Solver ddim needs none"
                 )
             given["variance"] = _VARIANCES[kind]
-        if "use_clipped_model_output" in solvers.options(solver):
+        if "use_clipped_model_output" in known:
             given.setdefault("use_clipped_model_output", given["clip"] is not None)
         return solvers.make(solver, self.schedule, steps, **given)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 import time
@@ -40,6 +41,8 @@ class Request:
     solver: str = "ddim"
     steps: int = 50
     eta: float | None = None
+    settings: tuple[str, ...] = ()
+    guidance: float | None = None
     seed: int = 0
     label: int | None = None
     out: Path = Path("samples.png")
@@ -58,6 +61,19 @@ class Request:
         """How many are computed at once: as asked for, or equal parts of at most `MAX_BATCH`."""
         return self.batch or -(-self.num // -(-self.num // MAX_BATCH))
 
+    @property
+    def solver_options(self) -> dict[str, object]:
+        """The solver's options that were given; `InputError` for one that isn't NAME=VALUE, or is given twice."""
+        made: dict[str, object] = {} if self.eta is None else {"eta": self.eta}
+        for setting in self.settings:
+            name, equals, value = setting.partition("=")
+            if not equals or not name or not value:
+                raise InputError(f"--set is {setting!r}; needed: NAME=VALUE, as order=3")
+            if name in made:
+                raise InputError(f"--set gives {name} a second time; give it once")
+            made[name] = _value(value)
+        return made
+
     def check(self) -> None:
         """Raise `InputError` or `OutputError` for what is wrong whatever the model is."""
         check_seed(self.seed)
@@ -69,6 +85,16 @@ class Request:
             check_writable("--trace", self.trace)
             if os.path.realpath(self.trace) == os.path.realpath(self.out):
                 raise InputError(f"--out and --trace are both {self.out}; give them two names")
+
+
+def _value(text: str) -> object:
+    """A setting's value: a number, true, false, none, a list of numbers ([10,10,20]), or else text."""
+    try:
+        return json.loads(
+            {"none": "null"}.get(text.lower(), text.lower() if text.lower() in ("true", "false") else text)
+        )
+    except json.JSONDecodeError:
+        return text
 
 
 def check_writable(option: str, path: Path) -> None:
@@ -100,7 +126,7 @@ def run(request: Request, *, progress: bool = False) -> dict[str, Any]:
     """
     request.check()
     scheduler = SchedulerConfig.from_folder(request.folder)
-    table = scheduler.table(request.solver, request.steps, **({} if request.eta is None else {"eta": request.eta}))
+    table = scheduler.table(request.solver, request.steps, **request.solver_options)
 
     from . import pictures, runtime
     from .sampler import Sampler

@@ -15,7 +15,7 @@ from .ddim import ddim
 from .ddpm import ddpm
 from .table import StepTable, step_table
 
-__all__ = ["StepTable", "ddim", "ddpm", "make", "names", "options", "step_table"]
+__all__ = ["StepTable", "ddim", "ddpm", "make", "names", "options", "step_table", "summary"]
 
 _SOLVERS: dict[str, Callable[..., StepTable]] = {"ddpm": ddpm, "ddim": ddim}
 
@@ -25,10 +25,16 @@ def names() -> tuple[str, ...]:
     return tuple(_SOLVERS)
 
 
-def options(name: str) -> tuple[str, ...]:
-    """The names of a solver's options; raises `ConfigError` for an unknown solver."""
+def options(name: str) -> dict[str, object]:
+    """A solver's options with their defaults; raises `ConfigError` for an unknown solver."""
     parameters = inspect.signature(_solver(name)).parameters.values()
-    return tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def summary(name: str) -> str:
+    """What a solver is, in a line; raises `ConfigError` for an unknown solver."""
+    module = inspect.getmodule(_solver(name))
+    return (inspect.getdoc(module) or "").partition("\n")[0]
 
 
 def make(name: str, schedule: NoiseSchedule, steps: int | None = None, **given: object) -> StepTable:
