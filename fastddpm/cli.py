@@ -214,8 +214,7 @@ def solvers(as_json: bool) -> None:
         return
     for name, options in known.items():
         click.echo(f"{name}: {solvers.summary(name)}")
-        for option, default in options.items():
-            click.echo(f"    {option}={default}")
+        click.echo(f"    {' '.join(f'{option}={default}' for option, default in options.items())}")
 
 
 @main.command()

@@ -33,8 +33,7 @@ def options(name: str) -> dict[str, object]:
 
 def summary(name: str) -> str:
     """What a solver is, in a line; raises `ConfigError` for an unknown solver."""
-    module = inspect.getmodule(_solver(name))
-    return (inspect.getdoc(module) or "").partition("\n")[0]
+    return (inspect.getdoc(_solver(name)) or "").partition("\n")[0]
 
 
 def make(name: str, schedule: NoiseSchedule, steps: int | None = None, **given: object) -> StepTable:
