@@ -6,6 +6,7 @@ import numpy as np
 
 from ..errors import ConfigError
 from ..schedule import NoiseSchedule
+from .spacing import Spacing
 from .strides import Strides
 from .table import StepTable, check_ratio, step_table
 
@@ -19,7 +20,8 @@ def ddim(
     prediction_type: str = "epsilon",
     clip: float | None = None,
     dynamic_thresholding_ratio: float | None = None,
-    spacing: str = "leading",
+    spacing: Spacing = "leading",
+    start: int = 0,
 ) -> StepTable:
     """The table of DDIM: x_s = sqrt(alpha_bar_s) x_0 + sqrt(1 - alpha_bar_s - sigma^2) eps + sigma z (eq. 12).
 
@@ -39,7 +41,9 @@ def ddim(
         prediction_type: what the model predicts: "epsilon", "v_prediction" or "sample" (x_0).
         clip: bound of the predicted abs(x_0); None: no limit. 1.0 for images in [-1, 1].
         dynamic_thresholding_ratio: as in `ddpm`.
-        spacing: which time steps to visit: "leading", "linspace" or "trailing" (see `spacing.timesteps`).
+        spacing: which time steps to visit: "leading", "linspace", "trailing", or respaced as in guided-diffusion,
+            "ddim50", "10,10,20" or [10, 10, 20] (see `spacing.timesteps`).
+        start: leave out so many steps at the beginning (to start from a noised picture: SDEdit, arXiv 2108.01073).
 
     Raises:
         ConfigError: for a value that is not among these, or an `eta` outside 0 ... 1.
@@ -49,7 +53,7 @@ def ddim(
         raise ConfigError(f"eta is {eta!r}; allowed: a number in 0 ... 1 (0: no noise, 1: as much as DDPM)")
     if not isinstance(use_clipped_model_output, bool):
         raise ConfigError(f"use_clipped_model_output is {use_clipped_model_output!r}; allowed: True or False")
-    strides = Strides.of(schedule, steps, spacing)
+    strides = Strides.of(schedule, steps, spacing, start)
     x0_x, x0_m = strides.predicted_x0(prediction_type)
     eps_x, eps_m = strides.predicted_eps(prediction_type)
     x_x0 = np.sqrt(strides.bar_next)

@@ -6,6 +6,7 @@ import numpy as np
 
 from ..errors import ConfigError
 from ..schedule import NoiseSchedule
+from .spacing import Spacing
 from .strides import Strides
 from .table import StepTable, check_ratio, step_table
 
@@ -20,7 +21,8 @@ def ddpm(
     prediction_type: str = "epsilon",
     clip: float | None = None,
     dynamic_thresholding_ratio: float | None = None,
-    spacing: str = "leading",
+    spacing: Spacing = "leading",
+    start: int = 0,
 ) -> StepTable:
     """The table of DDPM's ancestral sampler: x_s is drawn from the posterior q(x_s | x_t, x_0) of the predicted x_0.
 
@@ -40,14 +42,16 @@ def ddpm(
         clip: bound of the predicted abs(x_0); None: no limit. 1.0 for images in [-1, 1].
         dynamic_thresholding_ratio: this quantile of each sample's abs(x_0), within 1 ... clip, is the bound, and x_0 is
             divided by it (Imagen, arXiv 2205.11487, section 2.3). 0.995 there, with a clip above 1. None: off.
-        spacing: which time steps to visit: "leading", "linspace" or "trailing" (see `spacing.timesteps`).
+        spacing: which time steps to visit: "leading", "linspace", "trailing", or respaced as in guided-diffusion,
+            "ddim50", "10,10,20" or [10, 10, 20] (see `spacing.timesteps`).
+        start: leave out so many steps at the beginning (to start from a noised picture: SDEdit, arXiv 2108.01073).
 
     Raises:
         ConfigError: for a value that is not among these.
     """
     if variance not in VARIANCES:
         raise ConfigError(f"variance is {variance!r}; allowed: {', '.join(map(repr, VARIANCES))}")
-    strides = Strides.of(schedule, steps, spacing)
+    strides = Strides.of(schedule, steps, spacing, start)
     x0_x, x0_m = strides.predicted_x0(prediction_type)
     keep = strides.noise_next / strides.noise
     sigma = np.sqrt(strides.beta if variance == "fixed_large" else strides.beta * keep)

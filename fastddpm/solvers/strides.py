@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ..errors import ConfigError
 from ..schedule import NoiseSchedule
-from .spacing import timesteps
+from .spacing import Spacing, check_start, timesteps
 
 Floats = NDArray[np.float64]
 
@@ -40,9 +40,13 @@ class Strides:
     noise_next: Floats
 
     @classmethod
-    def of(cls, schedule: NoiseSchedule, steps: int | None, spacing: str) -> Strides:
-        """The strides of `steps` steps through `schedule`; raises `ConfigError` as `spacing.timesteps` does."""
+    def of(cls, schedule: NoiseSchedule, steps: int | None, spacing: Spacing, start: int = 0) -> Strides:
+        """The strides of `steps` steps through `schedule`, without the first `start` of them.
+
+        Raises `ConfigError` as `spacing.timesteps` does, or for a `start` that leaves no step.
+        """
         t = timesteps(schedule.num_steps, steps, spacing)
+        t = t[check_start(start, len(t)) :]
         # Each stride's log alpha is summed on its own: a difference of two log alpha_bar would cancel.
         ends = t[::-1].tolist()
         starts = [0, *(end + 1 for end in ends[:-1])]
@@ -82,13 +86,22 @@ class Strides:
             return np.exp(0.5 * self.log_bar), -np.sqrt(self.noise)
         if prediction_type == "sample":
             return np.zeros(len(self.t)), np.ones(len(self.t))
-        allowed = ", ".join(map(repr, PREDICTION_TYPES))
-        raise ConfigError(f"prediction_type is {prediction_type!r}; allowed: {allowed}")
+        raise _unknown(prediction_type)
 
     def predicted_eps(self, prediction_type: str) -> tuple[Floats, Floats]:
-        """(eps_x, eps_m): eps = eps_x x + eps_m m, from the model's output as it is (x_0 not limited)."""
+        """(eps_x, eps_m): eps = eps_x x + eps_m m, from the model's output as it is (x_0 not limited).
+
+        Raises `ConfigError` for an unknown type.
+        """
         if prediction_type == "epsilon":
             return np.zeros(len(self.t)), np.ones(len(self.t))
         if prediction_type == "v_prediction":
             return np.sqrt(self.noise), np.exp(0.5 * self.log_bar)
-        return 1.0 / np.sqrt(self.noise), -np.exp(0.5 * self.log_bar) / np.sqrt(self.noise)
+        if prediction_type == "sample":
+            return 1.0 / np.sqrt(self.noise), -np.exp(0.5 * self.log_bar) / np.sqrt(self.noise)
+        raise _unknown(prediction_type)
+
+
+def _unknown(prediction_type: object) -> ConfigError:
+    allowed = ", ".join(map(repr, PREDICTION_TYPES))
+    return ConfigError(f"prediction_type is {prediction_type!r}; allowed: {allowed}")
