@@ -48,6 +48,7 @@ class Buffers:
     x0: Tensor | None = None
     h1: Tensor | None = None
     h2: Tensor | None = None
+    h3: Tensor | None = None
     model_kwargs: dict[str, Any] = field(default_factory=dict)  # its tensors, in dicts and lists too, are buffers
 
     def start(self, x_T: Tensor | None, seeds: Tensor, model_kwargs: dict[str, Any]) -> None:
@@ -60,7 +61,7 @@ class Buffers:
         self.nonfinite.zero_()
         self.t.fill_(self.table[0, col.T])
         self.model_input.copy_(self.table[0, col.C_IN] * self.x)
-        for history in (self.h1, self.h2):
+        for history in (self.h1, self.h2, self.h3):
             if history is not None:
                 history.zero_()
         for mine, given in zip(tree_leaves(self.model_kwargs), tree_leaves(model_kwargs), strict=True):
@@ -221,6 +222,7 @@ class Sampler:
             b.nonfinite,
             h1=b.h1,
             h2=b.h2,
+            h3=b.h3,
             model_input=b.model_input,
             x0=b.x0,
             limited=self.table.limited,
@@ -282,6 +284,7 @@ class Sampler:
             nonfinite=torch.zeros(batch, dtype=torch.int32, device=device),
             h1=state() if history >= 1 else None,
             h2=state() if history >= 2 else None,
+            h3=state() if history >= 3 else None,
             model_kwargs=tree_map_only(Tensor, lambda v: torch.empty_like(v, device=device), dict(kwargs)),
         )
 

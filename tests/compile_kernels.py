@@ -86,7 +86,7 @@ def variants() -> dict[str, Launch]:
         x, table = torch.zeros(shape), torch.zeros(4, len(COLUMNS))
         m = torch.zeros(2 * shape[0] if guided else shape[0], *shape[1:], dtype=dtype)
         m = m.to(memory_format=torch.channels_last) if last else m
-        buffers = {"h1": x if history >= 1 else None, "h2": x if history >= 2 else None, "x0": x if x0 else None}
+        buffers = {"x0": x if x0 else None} | {f"h{k}": x for k in range(1, history + 1)}
         buffers |= {name: torch.zeros(shape[0]) for name in ("guidance", "rescale") if guided}
         buffers |= {"bound": torch.zeros(shape[0], 2)} if flags.pop("dynamic", False) else {}
         buffers |= {"known": x, "mask": x > 0} if flags.pop("inpaint", False) else {}
@@ -130,6 +130,10 @@ def variants() -> dict[str, Launch]:
     made["reverse_step-inpaint"] = reverse(inpaint=True)
     made["reverse_step-history1"] = reverse(history=1, noise=False, direct=True)
     made["reverse_step-history2"] = reverse(history=2)
+    made["reverse_step-history3"] = reverse(history=3)
+    made["reverse_step-history3-noiseless"] = reverse(history=3, noise=False)
+    made["reverse_step-history3-odd"] = reverse(history=3, shape=(2, 3, 5, 7))
+    made["reverse_step-channels_last-history3"] = reverse(last=True, history=3)
     made["reverse_step-x0"] = reverse(x0=True)
     made["reverse_step-history1-noise"] = reverse(history=1, x0=True, shape=(2, 1, 28, 28))
     made["reverse_step-channels_last"] = reverse(last=True)
@@ -138,7 +142,7 @@ def variants() -> dict[str, Launch]:
     made["reverse_step-channels_last-guided"] = reverse(
         last=True, inpaint=True, guided=True, shape=(2, 3, 64, 64), scaled=True, direct=True
     )
-    everything = dict(history=2, x0=True, guided=True, learned=True, inpaint=True, dynamic=True, direct=True)
+    everything = dict(history=3, x0=True, guided=True, learned=True, inpaint=True, dynamic=True, direct=True)
     made["reverse_step-everything"] = reverse(scaled=True, **everything)
     [made["normal"]] = launched(philox, philox.launch_normal, x.float(), seeds, step=1, stream=0)
     table = torch.zeros(4, len(COLUMNS))

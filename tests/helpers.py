@@ -45,7 +45,7 @@ def fenced(values: Tensor) -> Tensor:
     return view.copy_(values)
 
 
-def random_table(rows: int, seed: int = 0, *, history: int = 2, noise: bool = True, clip: float = 0.7) -> Tensor:
+def random_table(rows: int, seed: int = 0, *, history: int = 3, noise: bool = True, clip: float = 0.7) -> Tensor:
     """Rows of random coefficients, float64, the last one an identity row."""
     table = torch.randn(rows, len(col.COLUMNS), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     table[:, col.T] = torch.arange(rows).flip(0) * 10
@@ -53,7 +53,7 @@ def random_table(rows: int, seed: int = 0, *, history: int = 2, noise: bool = Tr
     table[:, col.RATIO] = 0
     table[:, col.STEP] = torch.arange(rows)
     table[:, col.ADVANCE] = 1
-    for depth, column in ((1, col.X_H1), (2, col.X_H2)):
+    for depth, column in ((1, col.X_H1), (2, col.X_H2), (3, col.X_H3)):
         table[:, column] *= history >= depth
     table[:, col.X_Z] *= noise
     identity = torch.zeros(len(col.COLUMNS), dtype=torch.float64)

@@ -64,7 +64,7 @@ def launch_all(sample: int, samples: int, last: bool, guided: bool) -> dict[str,
     interpret_one_program(sample, 0, samples)
     seeds, t, cursor, flags = (filled(dtype=d) for d in (torch.int64, torch.int64, torch.int32, torch.int32))
     flags.zero_()
-    x, out, x0, h1, h2, known, normals, noise, noised, again = (filled(*SHAPE) for _ in range(10))
+    x, out, x0, h1, h2, h3, known, normals, noise, noised, again = (filled(*SHAPE) for _ in range(11))
     mask = filled(*SHAPE, dtype=torch.uint8).view(torch.bool)
     weights = {name: filled() for name in ("guidance", "rescale")} if guided else {}
     m = filled(channels, 16, 16, times=twice, last=last)
@@ -83,11 +83,12 @@ def launch_all(sample: int, samples: int, last: bool, guided: bool) -> dict[str,
         table[:, col.RATIO] = ratio
         threshold.launch_threshold(x, m, table, cursor, bounds[i], **weights, learned=guided, block=block)
     m[sample - samples, 0, 0, 0] = torch.inf  # for the flag
-    buffers = dict(out=out, model_input=model_input, x0=x0, h1=h1, h2=h2, known=known, mask=mask, bound=bounds[0])
+    buffers = dict(out=out, model_input=model_input, x0=x0, h1=h1, h2=h2, h3=h3, known=known, mask=mask)
+    buffers |= dict(bound=bounds[0])
     options = dict(limited=True, noise=True, learned=guided, block=64)
     reverse_step_kernel.launch_reverse_step(x, m, table, cursor, seeds, flags, **buffers, **weights, **options)
     written = dict(normals=normals, noise=noise, noised=noised, again=again, gradient=gradient, parts=parts, out=out)
-    written |= dict(x0=x0, h1=h1, h2=h2, input=model_input, bound=bounds[0], other=bounds[1], flags=flags)
+    written |= dict(x0=x0, h1=h1, h2=h2, h3=h3, input=model_input, bound=bounds[0], other=bounds[1], flags=flags)
     written |= {"factor": factor, "second input": model_input[-samples:]}
     return {name: buffer[sample] for name, buffer in written.items()}
 

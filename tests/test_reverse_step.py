@@ -20,27 +20,28 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 def inputs(shape, dtype, batch=3, seed=0, channels_last=False):
     generator = torch.Generator().manual_seed(seed)
-    x, m, h1, h2 = (torch.randn(batch, *shape, generator=generator) for _ in range(4))
+    x, m, h1, h2, h3 = (torch.randn(batch, *shape, generator=generator) for _ in range(5))
     m = m.to(dtype)
     m = m.to(memory_format=torch.channels_last) if channels_last else m
-    return [fenced(v) for v in (x, m, h1, h2)]
+    return [fenced(v) for v in (x, m, h1, h2, h3)]
 
 
-def launch(x, m, table, cursor, seeds, *, h1=None, h2=None, x0=True, **flags):
+def launch(x, m, table, cursor, seeds, *, histories=(), x0=True, **flags):
     """The kernel with guarded outputs: (out, model input, x0, nonfinite), after a look at the guards."""
     shape = tuple(x.shape)
     out, nonfinite = Guarded(shape), Guarded((shape[0],), torch.int32)
     clean = Guarded(shape)
     model_input = Guarded(shape, m.dtype, channels_last=memory_order(m)[0] > 0)
-    buffers = dict(out=out.tensor, model_input=model_input.tensor, x0=clean.tensor if x0 else None, h1=h1, h2=h2)
+    buffers = dict(out=out.tensor, model_input=model_input.tensor, x0=clean.tensor if x0 else None)
+    buffers |= dict(zip(("h1", "h2", "h3"), histories, strict=False))
     launch_reverse_step(x, m, table.float(), cursor, seeds, nonfinite.tensor, **buffers, block=64, **flags)
     assert all(g.intact() for g in (out, clean, model_input, nonfinite))
     return out.tensor, model_input.tensor, clean.tensor, nonfinite.tensor
 
 
-def exact_step(x, m, table, cursor, z=None, h1=None, h2=None):
+def exact_step(x, m, table, cursor, z=None, histories=()):
     """float64 from the float32 table, and the sum of the absolute terms of x0 and of the update."""
-    table, double = table.float().double(), [v.double() if v is not None else None for v in (x, m, z, h1, h2)]
+    table, double = table.float().double(), [v.double() if v is not None else None for v in (x, m, z, *histories)]
     step = reference.reverse_step(double[0], double[1], table, cursor, *double[2:])
     magnitudes = table.abs()
     magnitudes[:, col.CLIP] = math.inf
@@ -52,14 +53,12 @@ def column(table, cursor, index, like):
     return table[cursor.long(), index].reshape(-1, *[1] * (like.ndim - 1))
 
 
-def check_against_float64(x, m, table, cursor, seeds, h1=None, h2=None, *, limited, noise):
+def check_against_float64(x, m, table, cursor, seeds, histories=(), *, limited, noise):
     step = table[cursor.long(), col.STEP].long()
     z = reference.normal(seeds, x.shape[1:], step=step, stream=1, dtype=torch.float64) if noise else None
-    exact, size = exact_step(x, m, table, cursor, z, h1, h2)
-    histories = [None if h is None else fenced(h) for h in (h1, h2)]
-    out, model_input, x0, nonfinite = launch(
-        x, m, table, cursor, seeds, h1=histories[0], h2=histories[1], limited=limited, noise=noise
-    )
+    exact, size = exact_step(x, m, table, cursor, z, histories)
+    moved = [fenced(h) for h in histories]
+    out, model_input, x0, nonfinite = launch(x, m, table, cursor, seeds, histories=moved, limited=limited, noise=noise)
     noise_error = NORMAL_ERROR * column(table, cursor, col.X_Z, x).abs() if noise else 0.0
     bound = 4 * EPS * size.x + store_error(exact.x, torch.float32) + noise_error
     assert ((out - exact.x).abs() <= bound).all()
@@ -72,26 +71,24 @@ def check_against_float64(x, m, table, cursor, seeds, h1=None, h2=None, *, limit
     input_bound = c_in.abs() * bound + 4 * EPS * scaled.abs() + store_error(scaled, m.dtype) * (1 + 1e-3)
     assert ((model_input.double() - scaled).abs() <= input_bound + torch.finfo(m.dtype).tiny).all()
 
-    eager = reference.reverse_step(x, m, table.float(), cursor, None if z is None else z.float(), h1, h2)
+    eager = reference.reverse_step(x, m, table.float(), cursor, None if z is None else z.float(), *histories)
     assert (out - exact.x).abs().max() <= 2 * (eager.x - exact.x).abs().max() + torch.as_tensor(noise_error).max() + EPS
-    if h1 is not None:
-        assert torch.equal(histories[0], x0)
-    if h2 is not None:
-        assert torch.equal(histories[1], h1)
+    for new, old in zip(moved, (x0, *histories), strict=False):
+        assert torch.equal(new, old)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(
-    "limited, noise, history", [(True, True, 0), (False, False, 0), (True, False, 1), (False, True, 2)]
+    "limited, noise, history",
+    [(True, True, 0), (False, False, 0), (True, False, 1), (False, True, 2), (False, False, 3), (True, True, 3)],
 )
 def test_every_variant_against_float64(shape, dtype, limited, noise, history):
-    x, m, h1, h2 = inputs(shape, dtype)
+    x, m, *histories = inputs(shape, dtype)
     table = random_table(6, history=history, noise=noise, clip=0.7 if limited else math.inf)
     cursor = torch.tensor([0, 3, 4], dtype=torch.int32, device=DEVICE)
     seeds = torch.tensor([5, -6, 2**50], device=DEVICE)
-    earlier = [h1, h2][:history] + [None] * (2 - history)
-    check_against_float64(x, m, table, cursor, seeds, *earlier, limited=limited, noise=noise)
+    check_against_float64(x, m, table, cursor, seeds, histories[:history], limited=limited, noise=noise)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -144,16 +141,17 @@ def test_block_size_slot_and_company_do_not_matter(shape):
 
 
 def test_in_place_is_the_same():
-    x, m, h1, h2 = inputs((13,), torch.float32)
+    x, m, *given = inputs((13,), torch.float32)
+    histories = dict(zip(("h1", "h2", "h3"), given, strict=True))
     table = random_table(5).float()
     cursor, seeds = torch.tensor([0, 2, 1], dtype=torch.int32, device=DEVICE), torch.arange(3, device=DEVICE)
-    out, x0, nonfinite = reverse_step(x, m, table, cursor, seeds, h1=h1, h2=h2)
-    state, before, first = x.clone(), h1.clone(), h2.clone()
+    out, x0, nonfinite = reverse_step(x, m, table, cursor, seeds, **histories)
+    state, moved = x.clone(), {k: h.clone() for k, h in histories.items()}
     flags, model_input = torch.zeros_like(nonfinite), torch.empty_like(x)
-    reverse_step_(state, m, table, cursor, seeds, flags, h1=before, h2=first, model_input=model_input)
+    reverse_step_(state, m, table, cursor, seeds, flags, **moved, model_input=model_input)
     assert torch.equal(state, out)
-    assert torch.equal(before, x0)
-    assert torch.equal(first, h1)
+    for new, old in zip(moved.values(), (x0, *given), strict=False):
+        assert torch.equal(new, old)
     next_row = cursor.long() + table[cursor.long(), col.ADVANCE].long()
     assert torch.equal(model_input, table[next_row, col.C_IN][:, None] * out)
 
@@ -264,12 +262,14 @@ GOOD = dict(
         ({"x": torch.zeros(2, 4, dtype=torch.bfloat16)}, "the state is float32"),
         ({"model_output": torch.zeros(2, 5)}, r"model_output has shape \(2, 5\)"),
         ({"model_output": torch.zeros(2, 4, dtype=torch.int32)}, "model_output is torch.int32"),
-        ({"table": torch.zeros(3, 4)}, r"needed: torch.float32 \[rows, 18\]"),
+        ({"table": torch.zeros(3, 4)}, r"needed: torch.float32 \[rows, 19\]"),
         ({"table": torch.zeros(3, len(col.COLUMNS), dtype=torch.float64)}, "table is torch.float64"),
         ({"cursor": torch.zeros(2, dtype=torch.int64)}, "cursor is torch.int64"),
         ({"cursor": torch.zeros(3, dtype=torch.int32)}, r"of \(2,\)"),
         ({"seeds": torch.zeros(2)}, "seeds is torch.float32"),
         ({"h2": torch.zeros(2, 4)}, "h2 is given without h1"),
+        ({"h3": torch.zeros(2, 4), "h1": torch.zeros(2, 4)}, "h3 is given without h2"),
+        ({k: torch.zeros(2, 5 if k == "h3" else 4) for k in ("h1", "h2", "h3")}, r"h3 has shape \(2, 5\)"),
         ({"h1": torch.zeros(2, 4, dtype=torch.float64)}, "h1 is torch.float64"),
     ],
 )
@@ -283,6 +283,10 @@ def test_bad_arguments(change, words):
     [
         ({"nonfinite": torch.zeros(4, dtype=torch.int32)[::2]}, "nonfinite is not contiguous"),
         ({"x": torch.zeros(4, 2).T}, "x is not contiguous"),
+        (
+            {k: torch.zeros(4, 2).T for k in ("h1", "h2", "h3")} | {"h1": torch.zeros(2, 4), "h2": torch.zeros(2, 4)},
+            "h3 is not contiguous",
+        ),
         ({"x0": torch.zeros(2, 3)}, r"x0 has shape \(2, 3\)"),
         ({"x0": torch.zeros(2, 4, dtype=torch.bfloat16)}, "x0 and x differ in dtype"),
         ({"model_input": torch.zeros(1, 4)}, r"model_input has shape \(1, 4\)"),

@@ -15,6 +15,7 @@ from torch import Tensor
 EPS, NORMAL_ERROR, BATCH = 2.0**-24, 4e-6, 3
 CURSOR = torch.tensor([0, 3, 4], dtype=torch.int32, device=DEVICE)
 SEEDS = torch.tensor([5, -6, 2**50], device=DEVICE)
+HISTORY = ("h1", "h2", "h3")
 
 
 def values(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -38,9 +39,9 @@ def inputs(shape, dtype, *, guided=False, learned=False, history=0, inpaint=Fals
 
 
 def launched(table, *, limited=True, noise=True, learned=False, last=False, block=64, x, m, **read):
-    """The kernel's (x', model input, x0, h1', h2'), after a look at the guards."""
+    """The kernel's (x', model input, x0, h1', h2', h3'), after a look at the guards."""
     shape = tuple(x.shape)
-    histories = {k: fenced(read.pop(k)) for k in ("h1", "h2") if k in read}
+    histories = {k: fenced(read.pop(k)) for k in HISTORY if k in read}
     out, clean, flags = Guarded(shape), Guarded(shape), Guarded(shape[:1], torch.int32)
     model_input = Guarded((2 * BATCH if "guidance" in read else BATCH, *shape[1:]), m.dtype, channels_last=last)
     buffers = dict(out=out.tensor, model_input=model_input.tensor, x0=clean.tensor, **histories, **read)
@@ -48,7 +49,7 @@ def launched(table, *, limited=True, noise=True, learned=False, last=False, bloc
     launch_reverse_step(x, m, table.float(), CURSOR, SEEDS, flags.tensor, block=block, **buffers, **flag)
     assert all(g.intact() for g in (out, clean, flags, model_input))
     assert not flags.tensor.any()
-    return out.tensor, model_input.tensor, clean.tensor, histories.get("h1"), histories.get("h2")
+    return out.tensor, model_input.tensor, clean.tensor, *(histories.get(k) for k in HISTORY)
 
 
 def column(table, index, like):
@@ -89,7 +90,7 @@ def check(table, given, *, limited=True, noise=True, learned=False, last=False, 
     size_m = magnitude_of_prediction(m, read.get("guidance"), learned) * c["advance"]
     size_x0 = (c["x0_x"] * x).abs() + c["x0_m"].abs() * size_m
     size = (c["x_x"] * x).abs() + c["x_x0"].abs() * size_x0 + c["x_m"].abs() * size_m
-    size += sum((c[f"x_{h}"] * read[h]).abs() for h in ("h1", "h2") if h in read)
+    size += sum((c[f"x_{h}"] * read[h]).abs() for h in HISTORY if h in read)
     noise_error = 0.0
     if noise:
         scale = c["x_z"].abs()
@@ -104,7 +105,7 @@ def check(table, given, *, limited=True, noise=True, learned=False, last=False, 
         size += (c["k_x"] * read["known"]).abs() + (c["k_z"] * known_z).abs()
         noise_error = noise_error + NORMAL_ERROR * c["k_z"].abs()
 
-    out, model_input, x0, h1, h2 = launched(table, **given, **flags, noise=noise, last=last, block=block)
+    out, model_input, x0, *moved = launched(table, **given, **flags, noise=noise, last=last, block=block)
     bound = 6 * EPS * size + noise_error + store_error(exact.x, torch.float32)
     assert ((out - exact.x).abs() <= bound).all()
     assert ((x0 - exact.x0).abs() <= 6 * EPS * size_x0 + store_error(exact.x0, torch.float32)).all()
@@ -113,18 +114,21 @@ def check(table, given, *, limited=True, noise=True, learned=False, last=False, 
     for half in model_input.split(BATCH):
         allowed = 2 * EPS * scaled.abs() + store_error(scaled, m.dtype) * (1 + 1e-3) + torch.finfo(m.dtype).tiny
         assert ((half.double() - scaled).abs() <= allowed).all()
-    assert h1 is None or torch.equal(h1, x0)
-    assert h2 is None or torch.equal(h2, read["h1"])
+    given_on = {"h1": x0} | {older: read[newer] for newer, older in itertools.pairwise(HISTORY) if older in read}
+    for name, history in zip(HISTORY, moved, strict=True):
+        assert (history is None) == (name not in read)
+        assert history is None or torch.equal(history, given_on[name])
 
 
 VARIANTS = [
     dict(guided=True),
     dict(learned=True),
     dict(inpaint=True),
+    dict(history=3),
     dict(guided=True, learned=True),
     dict(guided=True, inpaint=True, history=1),
     dict(learned=True, inpaint=True, history=2),
-    dict(guided=True, learned=True, inpaint=True, history=2),
+    dict(guided=True, learned=True, inpaint=True, history=3),
 ]
 
 
@@ -160,7 +164,7 @@ def test_channels_last_is_the_same(variant):
 
 @pytest.mark.parametrize("block", [128, 1024])
 def test_block_size_does_not_matter(block):
-    variant = dict(guided=True, learned=True, inpaint=True, history=2)
+    variant = dict(guided=True, learned=True, inpaint=True, history=3)
     table, given = random_table(6), inputs((3, 5, 7), torch.float32, **variant)
     for a, b in zip(
         launched(table, **given, learned=True), launched(table, **given, learned=True, block=block), strict=True
@@ -235,7 +239,7 @@ def test_a_variance_that_is_not_finite_is_flagged(bad):
 
 
 def test_a_finished_sample_stays_in_every_variant():
-    variant = dict(guided=True, learned=True, inpaint=True, history=2)
+    variant = dict(guided=True, learned=True, inpaint=True, history=3)
     table, given = random_table(6), inputs((3, 5, 7), torch.float32, **variant)
     given["m"].fill_(math.nan)
     out = torch.empty_like(given["x"])
@@ -272,16 +276,17 @@ def test_a_finished_slot_may_hold_anything(dynamic):
 
 
 def test_a_finished_slots_history_may_hold_anything():
-    table, given = random_table(6), inputs((3, 5, 7), torch.float32, history=2)
+    table, given = random_table(6), inputs((3, 5, 7), torch.float32, history=3)
     given["h1"].fill_(math.nan)
     given["h2"].fill_(math.inf)
+    given["h3"].fill_(math.nan)
     done, out = torch.full_like(CURSOR, 5), torch.empty_like(given["x"])
-    histories = {"h1": given["h1"].clone(), "h2": given["h2"].clone()}
+    histories = {k: given[k].clone() for k in HISTORY}
     launch = dict(out=out, limited=True, noise=True, block=64)
     launch_reverse_step(given["x"], given["m"], table.float(), done, SEEDS, CURSOR * 0, **launch, **histories)
     assert torch.equal(out, given["x"])
     on_cpu = [v.cpu() for v in (given["x"], given["m"], table.float(), done, SEEDS)]
-    assert torch.equal(reverse_step(*on_cpu, h1=given["h1"].cpu(), h2=given["h2"].cpu())[0], on_cpu[0])
+    assert torch.equal(reverse_step(*on_cpu, **{k: given[k].cpu() for k in HISTORY})[0], on_cpu[0])
 
 
 @pytest.mark.parametrize("where", ["all", "x", "m"])
@@ -319,14 +324,14 @@ def test_the_cuda_ops_are_the_cpu_ops(variant, dynamic, last_m, last_in):
     read = (given.get("guidance"), rescale, given.get("known"), given.get("mask"), True, dynamic, True, learned, True)
 
     def run(inplace, plain):
-        h1, h2 = (given[k].clone() if k in given else None for k in ("h1", "h2"))
+        histories = [given[k].clone() if k in given else None for k in HISTORY]
         state, flags = given["x"].clone(), torch.zeros(BATCH, dtype=torch.int32, device=DEVICE)
         following = torch.zeros(2 * BATCH if guided else BATCH, 3, 4, 6, dtype=torch.float32, device=DEVICE)
         following = following.contiguous(memory_format=torch.channels_last if last_in else torch.contiguous_format)
         x0, rows = torch.zeros_like(state), (given["m"], table, CURSOR, SEEDS)
-        made = plain(given["x"], *rows, h1, h2, *read)
-        inplace(state, *rows, h1, h2, following, x0, flags, *read, True)
-        return [*made, state, h1, h2, following, x0, flags]
+        made = plain(given["x"], *rows, *histories, *read)
+        inplace(state, *rows, *histories, following, x0, flags, *read, True)
+        return [*made, state, *histories, following, x0, flags]
 
     ours = run(step_registration._reverse_step_inplace_cuda, step_registration._reverse_step_cuda)
     theirs = run(step_registration._reverse_step_inplace_cpu, step_registration._reverse_step_cpu)
@@ -368,28 +373,28 @@ def test_the_known_region_is_its_own_forward_noising():
 
 
 def test_the_op_on_the_cpu_does_what_the_kernel_does():
-    variant = dict(guided=True, learned=True, inpaint=True, history=2)
+    variant = dict(guided=True, learned=True, inpaint=True, history=3)
     table, given = random_table(6).float().cpu(), inputs((3, 5, 7), torch.float32, **variant)
     cpu = {k: v.cpu() for k, v in given.items()}
-    read = {k: v for k, v in cpu.items() if k not in ("x", "m", "h1", "h2")}
-    state, h1, h2 = cpu["x"].clone(), cpu["h1"].clone(), cpu["h2"].clone()
+    read = {k: v for k, v in cpu.items() if k not in ("x", "m", *HISTORY)}
+    state, histories = cpu["x"].clone(), {k: cpu[k].clone() for k in HISTORY}
     model_input, flags = torch.empty(2 * BATCH, 3, 5, 7), torch.zeros(BATCH, dtype=torch.int32)
     where = (table, CURSOR.cpu(), SEEDS.cpu())
-    made = reverse_step(cpu["x"], cpu["m"], *where, h1=h1, h2=h2, learned=True, **read)
-    reverse_step_(state, cpu["m"], *where, flags, h1=h1, h2=h2, model_input=model_input, learned=True, **read)
+    made = reverse_step(cpu["x"], cpu["m"], *where, **histories, learned=True, **read)
+    reverse_step_(state, cpu["m"], *where, flags, **histories, model_input=model_input, learned=True, **read)
     kernel = launched(table.to(DEVICE), **given, learned=True)
-    for a, b in zip((state, model_input, made[1], h1, h2), kernel, strict=True):
+    for a, b in zip((state, model_input, made[1], *histories.values()), kernel, strict=True):
         assert (a - b.cpu()).abs().max() <= 1e-4 * (1 + a.abs().max())
     assert torch.equal(made[0], state)
 
 
 def test_the_launcher_of_the_op_hands_everything_on():
     """The CUDA op's own function, with the kernels interpreted: all of it at once against float64."""
-    variant = dict(guided=True, learned=True, inpaint=True, history=2)
+    variant = dict(guided=True, learned=True, inpaint=True, history=3)
     table, given = random_table(6), inputs((3, 5, 7), torch.float32, **variant)
     read = (given["guidance"], None, given["known"], given["mask"], True, False, True, True, True)
     out, x0, flags = step_registration._reverse_step_cuda(
-        given["x"], given["m"], table.float(), CURSOR, SEEDS, given["h1"], given["h2"], *read
+        given["x"], given["m"], table.float(), CURSOR, SEEDS, *(given[k] for k in HISTORY), *read
     )
     expected = launched(table, **given, learned=True)
     assert torch.equal(out, expected[0])

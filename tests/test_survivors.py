@@ -74,7 +74,7 @@ def step(last: bool = False, everything: bool = True) -> None:
     samples, channels = (2 * BATCH, 6) if everything else (BATCH, 3)
     m, seeds = randn(samples, channels, 5, 7, last=last), vector(1, 2, 3, dtype=torch.int64)
     cursor, flags = (vector(0, 3, 4, dtype=torch.int32) for _ in range(2))
-    names = ("out", "x0", "h1", "h2", "known") if everything else ("out", "h1", "h2", "known")
+    names = ("out", "x0", "h1", "h2", "h3", "known") if everything else ("out", "h1", "h2", "h3", "known")
     buffers: dict[str, Any] = {name: randn(BATCH, *SHAPE) for name in names}
     buffers |= {"mask": walled(torch.ones(BATCH, *SHAPE, dtype=torch.bool))}
     buffers |= {"model_input": randn(samples, *SHAPE, last=last)}
@@ -185,8 +185,8 @@ def launch(kernel: str, x: Tensor, m: Tensor, block: int | None) -> object:
     if kernel == "reverse_step":
         flags = dict(limited=True, noise=True)
         return reverse_step_kernel.launch_reverse_step(x, m, table, cursor, seeds, cursor, out=x, block=block, **flags)
-    if kernel == "reverse_step from 5 tensors":
-        buffers = dict(h1=x, h2=x, known=x, mask=x > 0)
+    if kernel.startswith("reverse_step from 5 tensors"):
+        buffers = dict(h1=x, h2=x, **(dict(h3=x) if "h3" in kernel else dict(known=x, mask=x > 0)))
         flags = dict(limited=True, noise=True)
         return reverse_step_kernel.launch_reverse_step(
             x, m, table, cursor, seeds, cursor, out=x, block=block, **buffers, **flags
@@ -215,6 +215,7 @@ FP32, BF16 = torch.float32, torch.bfloat16
         ("reverse_step", None, BF16, False, 1024, 4, 4),
         ("reverse_step", None, BF16, True, 1024, 1, 4),
         ("reverse_step from 5 tensors", None, BF16, False, 1024, 4, 8),
+        ("reverse_step from 5 tensors, h3", None, BF16, False, 1024, 4, 8),
         ("q_sample", None, FP32, False, 1024, 4, 4),
         ("q_sample", None, BF16, False, 1024, 8, 4),
         ("noise_mse", None, FP32, False, 256, 4, 1),

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Literal
 
 import numpy as np
-from fastddpm_kernels.columns import ADVANCE, C_IN, CLIP, COLUMNS, RATIO, S_0, S_V, STEP, X_H1, X_H2, X_M, X_X, X_Z, T
+from fastddpm_kernels.columns import ADVANCE, C_IN, CLIP, COLUMNS, RATIO, S_0, S_V, STEP, X_M, X_X, X_Z, T
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import ConfigError
@@ -82,8 +82,8 @@ class StepTable:
 
     @cached_property
     def history(self) -> int:
-        """How many earlier x0 a row may look back at: 0, 1 or 2."""
-        return 2 if self.rows[:, X_H2].any() else int(self.rows[:, X_H1].any())
+        """How many earlier x0 a row may look back at: 0 ... 3."""
+        return max(k if self[f"x_h{k}"].any() else 0 for k in (1, 2, 3))
 
     @cached_property
     def stochastic(self) -> bool:
@@ -147,7 +147,7 @@ def step_table(
         c_in: scale of the model's input.
         clip: bound of abs(x0); None: no limit.
         start, init_noise_sigma, history_of: see `StepTable`.
-        columns: any of x0_x, x0_m, x_x, x_x0, x_m, x_h1, x_h2, x_z, ratio, s_0, s_v, k_x, k_z.
+        columns: any of x0_x, x0_m, x_x, x_x0, x_m, x_h1, x_h2, x_h3, x_z, ratio, s_0, s_v, k_x, k_z.
 
     Raises:
         ConfigError: for a column that doesn't exist or a table that `StepTable` doesn't allow.

@@ -3,8 +3,8 @@
 A row drives one model evaluation ``m = model(c_in * x, t)`` and one update of the state:
 
     x0  = limit(x0_x * x + x0_m * m)                     # predicted clean sample
-    x'  = x_x * x + x_x0 * x0 + x_m * m + x_h1 * h1 + x_h2 * h2 + x_z * z
-    h2' = h1;  h1' = x0                                  # history, only where a solver asks for it
+    x'  = x_x * x + x_x0 * x0 + x_m * m + x_h1 * h1 + x_h2 * h2 + x_h3 * h3 + x_z * z
+    h3' = h2;  h2' = h1;  h1' = x0                       # history, only where a solver asks for it
 
 The limit is to [-clip, clip]; or where ``ratio`` isn't 0 that of Imagen (arXiv 2205.11487, section 2.3): with s the
 ratio-quantile of the sample's abs(x0), kept within 1 ... clip, x0 = clamp(x0, -s, s) / s.
@@ -28,6 +28,7 @@ COLUMNS = (
     "x_m",
     "x_h1",
     "x_h2",
+    "x_h3",
     "x_z",
     "clip",  # bound of abs(x0); infinity: no limit
     "ratio",  # 0, or the quantile of dynamic thresholding, which `clip` then bounds
@@ -39,5 +40,5 @@ COLUMNS = (
     "advance",  # 1, or 0 at the identity row
 )
 
-T, C_IN, X0_X, X0_M, X_X, X_X0, X_M, X_H1, X_H2, X_Z, CLIP, *_ = range(len(COLUMNS))
+T, C_IN, X0_X, X0_M, X_X, X_X0, X_M, X_H1, X_H2, X_H3, X_Z, CLIP, *_ = range(len(COLUMNS))
 RATIO, S_0, S_V, K_X, K_Z, STEP, ADVANCE = range(CLIP + 1, len(COLUMNS))

@@ -198,6 +198,7 @@ def reverse_step(
     noise: Tensor | None = None,
     h1: Tensor | None = None,
     h2: Tensor | None = None,
+    h3: Tensor | None = None,
     *,
     guidance: Tensor | None = None,
     rescale: Tensor | None = None,
@@ -218,7 +219,8 @@ def reverse_step(
         table: [rows, columns] in the state's dtype.
         cursor: int32 or int64 [B].
         noise: z, [B, ...]; None where the table adds none.
-        h1, h2: predicted clean samples of the last row and of the one before; None where the table has no history.
+        h1, h2, h3: predicted clean samples of the last three rows, the last one first; None where the table doesn't
+            look back as far.
         guidance, rescale: [B], see `guided` and `rescale_factor`.
         known, mask, known_noise: [B, ...], for inpainting: where the mask is set, x' is the known sample, noised.
         limited: whether to clamp x0 to the rows' `clip`.
@@ -247,8 +249,9 @@ def reverse_step(
         x0 = torch.clamp(x0, -c(col.CLIP), c(col.CLIP))  # torch's clamp keeps NaN
     out = c(col.X_X) * x + c(col.X_X0) * x0
     x_z = c(col.X_Z) * torch.exp2(c(col.S_0) + c(col.S_V) * v) if learned else c(col.X_Z)
-    h1, h2 = (None if h is None else torch.where(moving, h, 0.0) for h in (h1, h2))
-    for scale, term in ((c(col.X_M), m if direct else None), (c(col.X_H1), h1), (c(col.X_H2), h2), (x_z, noise)):
+    past = [None if h is None else torch.where(moving, h, 0.0) for h in (h1, h2, h3)]
+    scales = [c(index) for index in (col.X_M, col.X_H1, col.X_H2, col.X_H3)]
+    for scale, term in zip([*scales, x_z], [m if direct else None, *past, noise], strict=True):
         if term is not None:
             out = out + scale * term
     if known is not None and mask is not None:

@@ -17,7 +17,8 @@ from .prediction import model_output
 WIDTH = tl.constexpr(len(col.COLUMNS))
 T, C_IN, CLIP, STEP, ADVANCE = (tl.constexpr(c) for c in (col.T, col.C_IN, col.CLIP, col.STEP, col.ADVANCE))
 X0_X, X0_M, X_X, X_X0 = (tl.constexpr(c) for c in (col.X0_X, col.X0_M, col.X_X, col.X_X0))
-X_M, X_H1, X_H2, X_Z = (tl.constexpr(c) for c in (col.X_M, col.X_H1, col.X_H2, col.X_Z))
+X_M, X_Z, X_H1 = (tl.constexpr(c) for c in (col.X_M, col.X_Z, col.X_H1))
+X_H2, X_H3 = tl.constexpr(col.X_H2), tl.constexpr(col.X_H3)
 S_0, S_V, K_X, K_Z = (tl.constexpr(c) for c in (col.S_0, col.S_V, col.K_X, col.K_Z))
 NOISE_STREAM, KNOWN_STREAM = tl.constexpr(const.STREAM_STEP), tl.constexpr(const.STREAM_INPAINTING)
 
@@ -31,6 +32,7 @@ def reverse_step_kernel(
     x0_ptr,  # float32 [B, n]
     h1_ptr,  # float32 [B, n], read and written
     h2_ptr,  # float32 [B, n], read and written
+    h3_ptr,  # float32 [B, n], read and written
     known_ptr,  # float32 [B, n]
     mask_ptr,  # uint8 [B, n]: not 0 where the sample is known
     guidance_ptr,  # float32 [B]
@@ -47,7 +49,7 @@ def reverse_step_kernel(
     NOISE: tl.constexpr,
     LEARNED: tl.constexpr,
     DIRECT: tl.constexpr,  # x' has a term in m itself
-    HISTORY: tl.constexpr,
+    HISTORY: tl.constexpr,  # how many of h1, h2, h3 there are
     INPAINT: tl.constexpr,
     GUIDED: tl.constexpr,
     RESCALED: tl.constexpr,
@@ -66,7 +68,7 @@ def reverse_step_kernel(
     row = table_ptr + tl.load(cursor_ptr + sample).to(tl.int64) * WIDTH
     x0_x, x0_m, clip = tl.load(row + X0_X), tl.load(row + X0_M), tl.load(row + CLIP)
     x_x, x_x0, x_m = tl.load(row + X_X), tl.load(row + X_X0), tl.load(row + X_M)
-    x_h1, x_h2, x_z = tl.load(row + X_H1), tl.load(row + X_H2), tl.load(row + X_Z)
+    x_h1, x_h2, x_h3, x_z = tl.load(row + X_H1), tl.load(row + X_H2), tl.load(row + X_H3), tl.load(row + X_Z)
     s_0, s_v, k_x, k_z = tl.load(row + S_0), tl.load(row + S_V), tl.load(row + K_X), tl.load(row + K_Z)
     step = tl.load(row + STEP).to(tl.int32)
     advance = tl.load(row + ADVANCE).to(tl.int64)
@@ -83,6 +85,8 @@ def reverse_step_kernel(
         h1 = tl.load(h1_ptr + base + e, inside & moving, other=0.0)
     if HISTORY >= 2:
         h2 = tl.load(h2_ptr + base + e, inside & moving, other=0.0)
+    if HISTORY >= 3:
+        h3 = tl.load(h3_ptr + base + e, inside & moving, other=0.0)
     if INPAINT:
         known = tl.load(known_ptr + base + e, inside, other=0.0)
         is_known = (tl.load(mask_ptr + base + e, inside, other=0) != 0) & moving
@@ -105,6 +109,8 @@ def reverse_step_kernel(
         out = tl.fma(x_h1, h1, out)
     if HISTORY >= 2:
         out = tl.fma(x_h2, h2, out)
+    if HISTORY >= 3:
+        out = tl.fma(x_h3, h3, out)
     if NOISE:
         scale = x_z * tl.exp2(tl.fma(s_v, v, s_0)) if LEARNED else x_z
         out = tl.fma(scale, normal4(seed, step, NOISE_STREAM, lane, q), out)
@@ -118,6 +124,8 @@ def reverse_step_kernel(
         tl.store(h1_ptr + base + e, x0, inside)
     if HISTORY >= 2:
         tl.store(h2_ptr + base + e, h1, inside)
+    if HISTORY >= 3:
+        tl.store(h3_ptr + base + e, h2, inside)
     if WRITE_INPUT:
         following = c_in * out if SCALED else out
         at, there = in_memory(e, inside, PLANE, CHANNELS // 2 if LEARNED else CHANNELS)
@@ -142,6 +150,7 @@ def launch_reverse_step(
     x0: torch.Tensor | None = None,
     h1: torch.Tensor | None = None,
     h2: torch.Tensor | None = None,
+    h3: torch.Tensor | None = None,
     guidance: torch.Tensor | None = None,
     rescale: torch.Tensor | None = None,
     bound: torch.Tensor | None = None,
@@ -161,7 +170,7 @@ def launch_reverse_step(
     if x.numel() == 0:
         return
     n = x[0].numel()
-    history = (h1 is not None) + (h2 is not None)
+    history = sum(h is not None for h in (h1, h2, h3))
     tensors = 2 + history + learned + (guidance is not None) + (known is not None)
     plane, channels = memory_order(model_output)
     q, by = const.chunk(n), division(n, block, plane=plane, tensors=tensors)
@@ -174,6 +183,7 @@ def launch_reverse_step(
         unused if x0 is None else x0,
         unused if h1 is None else h1,
         unused if h2 is None else h2,
+        unused if h3 is None else h3,
         unused if known is None else known,
         unused if mask is None else mask.view(torch.uint8),
         unused if guidance is None else guidance,

@@ -19,6 +19,7 @@ def reverse_step(
     *,
     h1: Tensor | None = None,
     h2: Tensor | None = None,
+    h3: Tensor | None = None,
     guidance: Tensor | None = None,
     rescale: Tensor | None = None,
     known: Tensor | None = None,
@@ -40,7 +41,8 @@ def reverse_step(
         table: float32 [rows, len(COLUMNS)], contiguous, its last row an identity row; the coefficients are not checked.
         cursor: int32 [B], each sample's row; not checked against the table's length.
         seeds: int64 [B]; the noise is normal(seed, stream 1, the row's step).
-        h1, h2: float32, the predicted clean samples of the last two rows, where the table has history.
+        h1, h2, h3: float32, the predicted clean samples of the last three rows, the last one first, as far back as the
+            table looks.
         guidance: float32 [B], each sample's weight w of classifier-free guidance, m = m_u + w (m_c - m_u)
             (Ho & Salimans 2022, eq. 6, with w = 1 + theirs; 1 is the conditional model alone).
         rescale: float32 [B], phi of each sample: how far the guided output's deviation is brought back to that of the
@@ -64,9 +66,10 @@ def reverse_step(
         ValueError: where a shape, a dtype or a device is not as above.
         RuntimeError: where a derivative is asked for.
     """
-    _check_reverse_step(x, model_output, table, cursor, seeds, h1, h2, guidance, rescale, known, mask, learned)
+    history = (h1, h2, h3)
+    _check_reverse_step(x, model_output, table, cursor, seeds, history, guidance, rescale, known, mask, learned)
     read = (guidance, rescale, known, mask, limited, dynamic, noise, learned, direct)
-    return torch.ops.fastddpm.reverse_step(x, model_output, table, cursor, seeds, h1, h2, *read)
+    return torch.ops.fastddpm.reverse_step(x, model_output, table, cursor, seeds, *history, *read)
 
 
 def reverse_step_(
@@ -79,6 +82,7 @@ def reverse_step_(
     *,
     h1: Tensor | None = None,
     h2: Tensor | None = None,
+    h3: Tensor | None = None,
     model_input: Tensor | None = None,
     x0: Tensor | None = None,
     guidance: Tensor | None = None,
@@ -92,16 +96,17 @@ def reverse_step_(
     direct: bool = True,
     scaled: bool = True,
 ) -> None:
-    """`reverse_step` over buffers that stay: writes x, h1, h2, and where given x0 and the next model input.
+    """`reverse_step` over buffers that stay: writes x, h1, h2, h3, and where given x0 and the next model input.
 
     `model_input` (any float dtype, contiguous or channels_last) gets ``c_in * x'`` with the c_in of the row that the
     sample comes to next; twice, one behind the other, where there is guidance. `scaled` False: all c_in are 1.
     `nonfinite`, int32 [B], keeps the first bad step + 1 of each sample. The cursor stays: see `advance_`. All but
     `model_output` and `model_input` must be contiguous.
     """
-    _check_reverse_step(x, model_output, table, cursor, seeds, h1, h2, guidance, rescale, known, mask, learned)
+    history = (h1, h2, h3)
+    _check_reverse_step(x, model_output, table, cursor, seeds, history, guidance, rescale, known, mask, learned)
     check_index("nonfinite", nonfinite, x, (torch.int32,))
-    for name, buffer in (("x", x), ("h1", h1), ("h2", h2), ("x0", x0), ("nonfinite", nonfinite)):
+    for name, buffer in (("x", x), ("h1", h1), ("h2", h2), ("h3", h3), ("x0", x0), ("nonfinite", nonfinite)):
         check(buffer is None or buffer.is_contiguous(), "{} is not contiguous; it is written in place", name)
     if x0 is not None:
         _check_like("x0", x0, x)
@@ -112,7 +117,7 @@ def reverse_step_(
         check(model_input.is_floating_point(), "model_input is {}; needed: a float dtype", model_input.dtype)
         check(model_input.is_contiguous() or last, "model_input is written in place; make it contiguous")
     read = (guidance, rescale, known, mask, limited, dynamic, noise, learned, direct, scaled)
-    torch.ops.fastddpm.reverse_step_(x, model_output, table, cursor, seeds, h1, h2, model_input, x0, nonfinite, *read)
+    torch.ops.fastddpm.reverse_step_(x, model_output, table, cursor, seeds, *history, model_input, x0, nonfinite, *read)
 
 
 def _check_like(name: str, like: Tensor, x: Tensor, samples: int = 1, channels: int = 1) -> None:
@@ -134,8 +139,7 @@ def _check_reverse_step(
     table: Tensor,
     cursor: Tensor,
     seeds: Tensor,
-    h1: Tensor | None,
-    h2: Tensor | None,
+    history: tuple[Tensor | None, Tensor | None, Tensor | None],
     guidance: Tensor | None,
     rescale: Tensor | None,
     known: Tensor | None,
@@ -149,11 +153,12 @@ def _check_reverse_step(
     _check_like("model_output", model_output, x, 2 if guidance is not None else 1, 2 if learned else 1)
     allowed = (*FLOATS, torch.float64) if exact else FLOATS
     check(model_output.dtype in allowed, "model_output is {}; needed: {}", model_output.dtype, allowed)
-    for name, like in (("h1", h1), ("h2", h2), ("known", known)):
+    for name, like in (*zip(("h1", "h2", "h3"), history, strict=True), ("known", known)):
         if like is not None:
             _check_like(name, like, x)
             check(like.dtype == x.dtype, "{} is {}; x is {}", name, like.dtype, x.dtype)
-    check(h2 is None or h1 is not None, "h2 is given without h1")
+    for k in (1, 2):
+        check(history[k] is None or history[k - 1] is not None, "h{} is given without h{}", k + 1, k)
     check((known is None) == (mask is None), "known and mask go together; one is given without the other")
     if mask is not None:
         _check_like("mask", mask, x)

@@ -17,12 +17,12 @@ _READ = (
     "bool limited, bool dynamic, bool noise, bool learned, bool direct"
 )
 LIB.define(
-    "reverse_step(Tensor x, Tensor model_output, Tensor table, Tensor cursor, Tensor seeds, Tensor? h1, Tensor? h2, "
-    f"{_READ}) -> (Tensor, Tensor, Tensor)"
+    "reverse_step(Tensor x, Tensor model_output, Tensor table, Tensor cursor, Tensor seeds, "
+    f"Tensor? h1, Tensor? h2, Tensor? h3, {_READ}) -> (Tensor, Tensor, Tensor)"
 )
 LIB.define(
     "reverse_step_(Tensor(a!) x, Tensor model_output, Tensor table, Tensor cursor, Tensor seeds, Tensor(b!)? h1, "
-    "Tensor(c!)? h2, Tensor(d!)? model_input, Tensor(e!)? x0, Tensor(f!) nonfinite, "
+    "Tensor(c!)? h2, Tensor(d!)? h3, Tensor(e!)? model_input, Tensor(f!)? x0, Tensor(g!) nonfinite, "
     f"{_READ}, bool scaled) -> ()"
 )
 LIB.define("advance_(Tensor(a!) cursor, Tensor(b!) t, Tensor table) -> ()")
@@ -39,6 +39,7 @@ def _reverse_step_cpu(
     seeds: Tensor,
     h1: Tensor | None,
     h2: Tensor | None,
+    h3: Tensor | None,
     guidance: Tensor | None,
     rescale: Tensor | None,
     known: Tensor | None,
@@ -62,6 +63,7 @@ def _reverse_step_cpu(
         drawn(const.STREAM_STEP) if noise else None,
         h1,
         h2,
+        h3,
         guidance=guidance,
         rescale=rescale,
         known=known,
@@ -83,16 +85,18 @@ def _reverse_step_inplace_cpu(
     seeds: Tensor,
     h1: Tensor | None,
     h2: Tensor | None,
+    h3: Tensor | None,
     model_input: Tensor | None,
     x0: Tensor | None,
     nonfinite: Tensor,
     *read: Any,
 ) -> None:
     *others, scaled = read
-    made = _reverse_step_cpu(x, model_output, table, cursor, seeds, h1, h2, *others)
+    made = _reverse_step_cpu(x, model_output, table, cursor, seeds, h1, h2, h3, *others)
     x.copy_(made[0])
-    if h2 is not None and h1 is not None:
-        h2.copy_(h1)
+    for older, newer in ((h3, h2), (h2, h1)):
+        if older is not None and newer is not None:
+            older.copy_(newer)
     for target in (h1, x0):
         if target is not None:
             target.copy_(made[1])
@@ -184,14 +188,15 @@ def _reverse_step_cuda(
     seeds: Tensor,
     h1: Tensor | None,
     h2: Tensor | None,
+    h3: Tensor | None,
     *read: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     out, x0 = contiguous_like(x), contiguous_like(x)
     nonfinite = torch.zeros_like(cursor, dtype=torch.int32)
     # The kernel moves the history on: not in the caller's tensors.
-    h1, h2 = (None if h is None else h.clone(memory_format=torch.contiguous_format) for h in (h1, h2))
+    h1, h2, h3 = (None if h is None else h.clone(memory_format=torch.contiguous_format) for h in (h1, h2, h3))
     m = _in_model_order(model_output)
-    _launch(x.contiguous(), m, table, cursor, seeds, nonfinite, *read, out=out, x0=x0, h1=h1, h2=h2)
+    _launch(x.contiguous(), m, table, cursor, seeds, nonfinite, *read, out=out, x0=x0, h1=h1, h2=h2, h3=h3)
     return out, x0, nonfinite
 
 
@@ -203,6 +208,7 @@ def _reverse_step_inplace_cuda(
     seeds: Tensor,
     h1: Tensor | None,
     h2: Tensor | None,
+    h3: Tensor | None,
     model_input: Tensor | None,
     x0: Tensor | None,
     nonfinite: Tensor,
@@ -214,7 +220,8 @@ def _reverse_step_inplace_cuda(
     if model_input is not None and (memory_order(model_input)[0] > 0) != (memory_order(m)[0] > 0):
         last = memory_order(model_input)[0] > 0
         m = m.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-    _launch(x, m, table, cursor, seeds, nonfinite, *read, out=x, model_input=model_input, x0=x0, h1=h1, h2=h2)
+    given = (x, m, table, cursor, seeds, nonfinite)
+    _launch(*given, *read, out=x, model_input=model_input, x0=x0, h1=h1, h2=h2, h3=h3)
 
 
 def _advance_cuda(cursor: Tensor, t: Tensor, table: Tensor) -> None:
