@@ -13,11 +13,29 @@ from ..errors import ConfigError
 from ..schedule import NoiseSchedule
 from .ddim import ddim
 from .ddpm import ddpm
+from .dpm import dpm_solver
+from .dpm_singlestep import dpm_solver_singlestep
 from .table import StepTable, step_table
 
-__all__ = ["StepTable", "ddim", "ddpm", "make", "names", "options", "step_table", "summary"]
+__all__ = [
+    "StepTable",
+    "ddim",
+    "ddpm",
+    "dpm_solver",
+    "dpm_solver_singlestep",
+    "make",
+    "names",
+    "options",
+    "step_table",
+    "summary",
+]
 
-_SOLVERS: dict[str, Callable[..., StepTable]] = {"ddpm": ddpm, "ddim": ddim}
+_SOLVERS: dict[str, Callable[..., StepTable]] = {
+    "ddpm": ddpm,
+    "ddim": ddim,
+    "dpm_solver": dpm_solver,
+    "dpm_solver_singlestep": dpm_solver_singlestep,
+}
 
 
 def names() -> tuple[str, ...]:
