@@ -118,11 +118,8 @@ def _orders(order: int, steps: int, lower_order_final: bool, to_zero: bool) -> I
                 '"sigma_min" and steps a multiple of the order; use True'
             )
         return np.tile(np.arange(1, order + 1), steps // order)
-    # As many whole groups as leave a row at least; of order 3 those that remain are 1, 2, or 1, 2, 1.
     orders = np.tile(np.arange(1, order + 1), steps // order + 1)[:steps]
-    if steps % order == 0:
-        orders[-1] = 1
-    if to_zero:
+    if to_zero or steps % order == 0:
         orders[-1] = 1
     return orders
 
@@ -135,19 +132,18 @@ def _contributions(levels: Levels, orders: Ints, of_x0: bool, heun: bool, x_x: F
     """
     rows = np.arange(len(orders))
     first = rows + 1 - orders
-    lam, start = levels.lam, levels.lam[first]
-    h = np.minimum(lam[1:] - start, FAR)
+    lam, begin = levels.lam, levels.lam[first]
+    h = np.minimum(lam[1:] - begin, FAR)
     w0, w1, w2 = weights(of_x0, h)
-    late, mid = (lam[rows] - start) / h, (lam[rows - (orders == 3)] - start) / h  # where in the group, 0 ... 1
     f = np.zeros((len(rows), 3))  # of the latest prediction, the one before it, and the one before that
-    more, three = orders > 1, (orders == 3) & heun
+    more, three = np.flatnonzero(orders > 1), np.flatnonzero((orders == 3) & heun)
     slope = np.where(orders == 2, w1 if heun else w0 / 2, w1)
-    f[more, 0] = slope[more] / late[more]
-    # The parabola m_s + D1 u + D2 u^2 through all three (2206.00927, algorithm 2, with D2 at its exact weight).
-    p, q = late[three], mid[three]
-    f[three, 0] = (2 * w2 - mid * w1)[three] / (p * (p - q))
-    f[three, 1] = (late * w1 - 2 * w2)[three] / (q * (p - q))
-    f[rows, orders - 1] += w0 - f.sum(axis=1)  # the weights of all sum to w0: a constant is integrated exactly
+    f[more, 0] = slope[more] * h[more] / (lam[more] - begin[more])
+    # The parabola through what was predicted at 0, q and p of the way, integrated exactly.
+    p, q = ((lam[three - k] - begin[three]) / h[three] for k in (0, 1))
+    f[three, 0] = (2 * w2[three] - q * w1[three]) / (p * (p - q))
+    f[three, 1] = (p * w1[three] - 2 * w2[three]) / (q * (p - q))
+    f[rows, orders - 1] += w0 - f.sum(axis=1)  # together they weigh w0: a constant is integrated exactly
     f *= (levels.alpha[1:] if of_x0 else -levels.alpha[1:] / levels.alpha[first] * levels.sigma[first])[:, None]
-    f[more, 1:] -= x_x[more, None] * f[rows[more] - 1, :2]
+    f[more, 1:] -= x_x[more, None] * f[more - 1, :2]
     return f.T
