@@ -13,21 +13,37 @@ from ..errors import ConfigError
 from ..schedule import NoiseSchedule
 from .ddim import ddim
 from .ddpm import ddpm
+from .deis import deis
 from .dpm import dpm_solver
+from .dpm2 import dpm2
 from .dpm_singlestep import dpm_solver_singlestep
+from .euler import euler, euler_ancestral
+from .heun import heun
+from .lcm import consistency, lcm
+from .plms import plms
 from .table import StepTable, step_table
+from .unipc import unipc
 
 __all__ = [
     "StepTable",
+    "consistency",
     "ddim",
     "ddpm",
+    "deis",
+    "dpm2",
     "dpm_solver",
     "dpm_solver_singlestep",
+    "euler",
+    "euler_ancestral",
+    "heun",
+    "lcm",
     "make",
     "names",
     "options",
+    "plms",
     "step_table",
     "summary",
+    "unipc",
 ]
 
 _SOLVERS: dict[str, Callable[..., StepTable]] = {
@@ -35,6 +51,15 @@ _SOLVERS: dict[str, Callable[..., StepTable]] = {
     "ddim": ddim,
     "dpm_solver": dpm_solver,
     "dpm_solver_singlestep": dpm_solver_singlestep,
+    "unipc": unipc,
+    "plms": plms,
+    "deis": deis,
+    "euler": euler,
+    "euler_ancestral": euler_ancestral,
+    "heun": heun,
+    "dpm2": dpm2,
+    "lcm": lcm,
+    "consistency": consistency,
 }
 
 
