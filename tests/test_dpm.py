@@ -394,7 +394,7 @@ def test_at_a_terminal_snr_of_zero_there_is_no_slope_from_pure_noise():
 @pytest.mark.parametrize(
     "options, words",
     [
-        (dict(order=4), "order is 4; allowed: 1, 2, 3"),
+        (dict(order=4), "order is 4; allowed: 1, 2 or 3"),
         (dict(order=True), "order is True"),
         (dict(order=2.0), "order is 2.0"),
         (dict(algorithm="ddim"), "algorithm is 'ddim'; allowed: 'dpmsolver\\+\\+', 'dpmsolver', "),

@@ -242,7 +242,7 @@ def test_order_1_is_the_multistep_solvers():
 @pytest.mark.parametrize(
     "options, words",
     [
-        (dict(order=0), "order is 0; allowed: 1, 2, 3"),
+        (dict(order=0), "order is 0; allowed: 1, 2 or 3"),
         (
             dict(algorithm="sde-dpmsolver++"),
             "algorithm is 'sde-dpmsolver\\+\\+'; allowed: 'dpmsolver\\+\\+', 'dpmsolver'",

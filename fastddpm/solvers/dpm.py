@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ..edm import EDMSchedule
 from ..errors import ConfigError
 from ..schedule import NoiseSchedule
+from .exponential import check_flag, check_order
 from .levels import Levels
 from .table import StepTable, check_ratio, step_table
 
@@ -56,9 +57,10 @@ def dpm_solver(
         order: 1 (DDIM), 2 or 3, the number of predictions that a step looks at.
         algorithm: "dpmsolver++" extrapolates x_0, "dpmsolver" eps; "sde-dpmsolver++" and "sde-dpmsolver" do so for the
             reverse-time SDE and add noise in each row (2211.01095, SDE-DPM-Solver++).
-        solver_type: how the polynomial is integrated. "midpoint": of order 2 as in 2211.01095, algorithm 2;
-            "heun": exactly; both at order 3 as in the authors' code and every library, with half the quadratic term,
-            by which the order is 2. "exact": with all of it, and the order is 3. At orders 1 and 2 that is "heun".
+        solver_type: how the polynomial is integrated. "midpoint" (2211.01095, algorithm 2) and "heun" differ at order
+            2, where "heun" is exact. At order 3 both are what the authors' code and the libraries do: the quadratic
+            term has half its weight, and the error falls as at order 2. "exact" is "heun" with all of that term, and
+            of order 3: the better choice there, unless a library's numbers are wanted.
         eta: how much noise the two SDEs add, 0 (none: the ODE) ... 1. No effect on the other algorithms.
         lower_order_final: with fewer than 15 steps the last has order 1, and the one before it 2 at most.
         euler_at_final: the last step has order 1, however many there are.
@@ -116,11 +118,11 @@ def _table(
     if of_x0:  # x' = sigma' / sigma e^(-eta h) x + alpha' integral of e^(u - H) x_0 du over 0 ... H = (1 + eta) h
         scale, w = alpha[1:], weights(of_x0, (1 + eta_row) * h)
         x_x = sigma[1:] / sigma[:-1] * np.exp(-eta_row * h)
-        x_z = sigma[1:] * np.sqrt(-np.expm1(-2 * eta_row * h))
+        x_z = sigma[1:] * np.sqrt(np.abs(np.expm1(-2 * eta_row * h)))
     else:  # x' = alpha' / alpha (x - (1 + eta) sigma integral of e^(-u) eps du over 0 ... h)
         x_x = alpha[1:] / alpha[:-1]
         scale, w = -(1 + eta_row) * x_x * sigma[:-1], weights(of_x0, h)
-        x_z = x_x * sigma[:-1] * np.sqrt(-eta_row * np.expm1(-2 * h))
+        x_z = x_x * sigma[:-1] * np.sqrt(eta_row * -np.expm1(-2 * h))
     x_x0, x_h1, x_h2 = scale * _extrapolated(levels.steps, h, orders, solver_type, w)
     return step_table(
         levels.t,
@@ -203,8 +205,7 @@ def check_common(
     ratio: object,
 ) -> None:
     """`ConfigError` for what multistep and singlestep both refuse."""
-    if isinstance(order, bool) or not isinstance(order, int | np.integer) or not 1 <= order <= 3:
-        raise ConfigError(f"order is {order!r}; allowed: 1, 2, 3")
+    check_order(order)
     for name, value, allowed in (
         ("algorithm", algorithm, algorithms),
         ("solver_type", solver_type, solver_types),
@@ -216,9 +217,3 @@ def check_common(
             f"algorithm={algorithm!r} extrapolates noise, which can't be clipped; "
             'use clip=None and dynamic_thresholding_ratio=None, or "dpmsolver++"'
         )
-
-
-def check_flag(name: str, value: object) -> None:
-    """`ConfigError` unless `value` is a bool."""
-    if not isinstance(value, bool):
-        raise ConfigError(f"{name} is {value!r}; allowed: True or False")
