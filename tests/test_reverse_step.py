@@ -9,8 +9,9 @@ from fastddpm_kernels import normal, reference, registration, reverse_step, reve
 from fastddpm_kernels.lanes import memory_order
 from fastddpm_kernels.reverse_step_kernel import launch_advance, launch_reverse_step
 from helpers import DEVICE, Guarded, fenced, random_table, store_error
+from trajectories import awkward_model, run
 
-from fastddpm import NoiseSchedule, solvers
+from fastddpm import NoiseSchedule, Sampler, solvers
 
 EPS = 2.0**-24
 NORMAL_ERROR = 4e-6
@@ -154,6 +155,26 @@ def test_in_place_is_the_same():
         assert torch.equal(new, old)
     next_row = cursor.long() + table[cursor.long(), col.ADVANCE].long()
     assert torch.equal(model_input, table[next_row, col.C_IN][:, None] * out)
+
+
+def test_a_sampler_hands_three_histories_on():
+    """Rows of random coefficients, which look back beyond the first row too: there the histories are 0."""
+    rows = random_table(7, noise=False)[:-1].cpu().numpy()
+    rows[:, [col.S_0, col.S_V]] = 0
+    x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    table = solvers.StepTable(rows)
+    assert table.history == 3
+
+    def model(x, t):
+        return torch.from_numpy(awkward_model(x.numpy(), t[0].item()))
+
+    torch.use_deterministic_algorithms(True)  # new memory is then filled with NaN
+    try:
+        made = Sampler(model, table, state_dtype=torch.float64).sample((2, 3), seeds=0, x_T=x)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    exact = run(table, awkward_model, x.numpy(), torch.zeros(6, 2, 3).numpy())[-1]
+    torch.testing.assert_close(made, torch.from_numpy(exact), rtol=1e-12, atol=0.0)
 
 
 @pytest.mark.parametrize("said", [0.5, math.nan, math.inf])

@@ -440,6 +440,7 @@ def test_a_table_says_what_it_is():
     assert (plain.stochastic, plain.limited) == (False, False)
     assert solvers.step_table([2, 1], x_h1=[0, 0.5]).history == 1
     assert solvers.step_table([2, 1], x_h2=[0, 0.5]).history == 2
+    assert solvers.step_table([2, 1], x_h1=[0, 0.5], x_h3=[0, 0.5]).history == 3
     with pytest.raises(ValueError, match="read-only"):
         table["x_z"][0] = 1.0
     with pytest.raises(ConfigError, match="no column 'z'"):
