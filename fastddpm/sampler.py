@@ -5,21 +5,20 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Unpack
 
 import torch
-from fastddpm_kernels import advance_, normal, reference, reverse_step_
-from fastddpm_kernels import columns as col
-from fastddpm_kernels.constants import STREAM_INITIAL
+from fastddpm_kernels import advance_, reverse_step_
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten
 
 from . import graphs, solvers
+from .buffers import Buffers
 from .errors import DeviceError, GraphCaptureError, InputError, NonFiniteError
+from .inputs import Conditions, Inputs, PerSample
 from .schedule import NoiseSchedule
-from .seeds import check_seed, sample_seeds
+from .seeds import check_seed
 from .solvers import StepTable
 
 GraphMode = Literal["auto"] | bool
@@ -32,48 +31,6 @@ class TraceStep(NamedTuple):
     t: float  # the model's time input at that row
     x: Tensor  # the state after the step, [B, ...]
     x0: Tensor  # the predicted clean sample, limited, [B, ...]
-
-
-@dataclass
-class Buffers:
-    """All that a step reads and writes, in memory that stays where it is, so that a graph can be replayed over it."""
-
-    x: Tensor  # state [B, ...]
-    model_input: Tensor  # [B, ...] c_in * x in the model's dtype and memory format
-    t: Tensor  # [B] the model's time input
-    table: Tensor  # [rows + 1, columns]
-    cursor: Tensor  # int32 [B]
-    seeds: Tensor  # int64 [B]
-    nonfinite: Tensor  # int32 [B], 1 + the first bad step
-    x0: Tensor | None = None
-    h1: Tensor | None = None
-    h2: Tensor | None = None
-    h3: Tensor | None = None
-    model_kwargs: dict[str, Any] = field(default_factory=dict)  # its tensors, in dicts and lists too, are buffers
-
-    def start(self, x_T: Tensor | None, seeds: Tensor, model_kwargs: dict[str, Any]) -> None:
-        """Put every sample at row 0 of the table, with x_T given or drawn."""
-        self.seeds.copy_(seeds)
-        if x_T is None:
-            x_T = initial_noise(self.seeds, self.x.shape[1:], self.x.dtype)
-        self.x.copy_(x_T)
-        self.cursor.zero_()
-        self.nonfinite.zero_()
-        self.t.fill_(self.table[0, col.T])
-        self.model_input.copy_(self.table[0, col.C_IN] * self.x)
-        for history in (self.h1, self.h2, self.h3):
-            if history is not None:
-                history.zero_()
-        for mine, given in zip(tree_leaves(self.model_kwargs), tree_leaves(model_kwargs), strict=True):
-            if isinstance(mine, Tensor):
-                mine.copy_(given)
-
-
-def initial_noise(seeds: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """x_T of each seed: stream 0 of the noise contract, [B, *shape]."""
-    if dtype == torch.float64:
-        return reference.normal(seeds, shape, step=0, stream=STREAM_INITIAL, dtype=dtype)
-    return normal(seeds, shape, stream=STREAM_INITIAL)
 
 
 class Sampler:
@@ -137,6 +94,12 @@ class Sampler:
         seeds: int | Sequence[int],
         x_T: Tensor | None = None,
         model_kwargs: Mapping[str, Any] | None = None,
+        guidance_scale: PerSample | None = None,
+        unconditional_kwargs: Mapping[str, Any] | None = None,
+        guidance_rescale: PerSample = 0.0,
+        guidance_interval: tuple[float, float] | None = None,
+        known: Tensor | None = None,
+        mask: Tensor | None = None,
         progress: bool = False,
     ) -> Tensor:
         """Run the table from x_T to x_0.
@@ -145,9 +108,21 @@ class Sampler:
             shape: (B, ...), the whole batch: (16, 3, 32, 32).
             seeds: one integer in 0 ... 2^64 - 1 a sample, or a single one from which each sample's is mixed
                 (`fastddpm.seeds.sample_seeds`). A sample's noise depends on its own seed alone.
-            x_T: start from this [B, ...] instead of from the seeds' noise; never written to.
+            x_T: start from this [B, ...], the state as it is, instead of from the seeds' noise; never written to.
             model_kwargs: passed on to the model. Tensors in it, in dicts and lists too, are moved to the device; one
                 whose first size is B is taken to hold a row a sample.
+            guidance_scale: w of classifier-free guidance, m_u + w (m_c - m_u) (Ho & Salimans 2022, arXiv 2207.12598,
+                eq. 6, with w = 1 + theirs); a number, or one a sample. None or 1: off, and half the work.
+            unconditional_kwargs: model_kwargs for m_u, where they differ: ``{"class_labels": 10}``, a tensor like the
+                conditional one, or one row or number for all. The model is called once a step, with 2 B samples, the
+                unconditional ones first.
+            guidance_rescale: phi in 0 ... 1, a number or one a sample: how far the deviation of the guided output is
+                brought back to that of m_c (Lin et al. 2023, arXiv 2305.08891, eq. 15-16; 0.7 there).
+            guidance_interval: (low, high): guidance only where low < sigma / alpha <= high, and w = 1 elsewhere
+                (Kynkaanniemi et al. 2024, arXiv 2404.07724, eq. 5).
+            known, mask: for inpainting: x_0 where the mask (bool) is True; both [B, ...] or broadcast to it. There the
+                state is the known sample, noised as the level asks for (Lugmayr et al. 2022, eq. 8a), with noise of
+                stream 3. Mind that a solver with history looks back at what it predicted there.
             progress: show a progress bar on stderr.
 
         Returns:
@@ -158,17 +133,27 @@ class Sampler:
             NonFiniteError: where a sample became NaN or infinite; the others are in its `samples`.
             GraphCaptureError: with graph=True, for a model that can't be captured.
         """
-        shape, bits = self._checked(shape, seeds, x_T)
-        kwargs = dict(model_kwargs or {})
-        size = self.batch_size or shape[0]
+        given = self._checked(
+            shape,
+            seeds,
+            x_T=x_T,
+            model_kwargs=model_kwargs,
+            guidance_scale=guidance_scale,
+            unconditional_kwargs=unconditional_kwargs,
+            guidance_rescale=guidance_rescale,
+            guidance_interval=guidance_interval,
+            known=known,
+            mask=mask,
+        )
+        batch = given.shape[0]
+        size = self.batch_size or batch
         samples, flags = [], []
         # inference_mode(False): buffers made in the caller's inference mode could not be used outside of it again.
-        with self._lock, torch.inference_mode(False), torch.no_grad(), self._bar(progress, shape[0], size) as bar:
-            for rows in torch.arange(shape[0], device="cpu").split(size):
-                padded = torch.cat([rows, rows[-1:].expand(size - len(rows))])  # the last sample again and again
-                part = _rows(kwargs, padded, shape[0])
-                buffers, step = self._prepared((size, *shape[1:]), part, x_T)
-                buffers.start(None if x_T is None else x_T[padded], bits[padded], part)
+        with self._lock, torch.inference_mode(False), torch.no_grad(), self._bar(progress, batch, size) as bar:
+            for rows in torch.arange(batch, device="cpu").split(size):
+                part = given.part(torch.cat([rows, rows[-1:].expand(size - len(rows))]))  # the last one again and again
+                buffers, step = self._prepared(part)
+                buffers.start(part, self.table.init_noise_sigma)
                 for _ in range(self.table.num_rows):
                     step()
                     bar.update()
@@ -181,38 +166,44 @@ class Sampler:
         shape: Sequence[int],
         *,
         seeds: int | Sequence[int],
-        x_T: Tensor | None = None,
-        model_kwargs: Mapping[str, Any] | None = None,
         progress: bool = False,
+        **conditions: Unpack[Conditions],
     ) -> Iterator[TraceStep]:
         """`sample`, one step at a time: yields (step, t, x, x0) after each row; the tensors are copies.
 
         All samples are in one batch, whatever `batch_size` says, and no graph is used. Arguments and errors are
         those of `sample`; a sample that isn't finite is reported at the end.
         """
-        shape, bits = self._checked(shape, seeds, x_T)
-        kwargs = dict(model_kwargs or {})
+        given = self._checked(shape, seeds, **conditions)
         with torch.inference_mode(False), torch.no_grad():
-            buffers = self._allocate(shape, kwargs, x_T)
+            part = given.part(torch.arange(given.shape[0], device="cpu"))
+            buffers = self._allocate(part)
             buffers.x0 = torch.empty_like(buffers.x)
-            buffers.start(x_T, bits, kwargs)
+            buffers.start(part, self.table.init_noise_sigma)
         return self._steps(buffers, buffers.x0, progress)
 
-    def _steps(self, buffers: Buffers, x0: Tensor, progress: bool) -> Iterator[TraceStep]:
+    def _steps(self, buffers: Buffers, predicted: Tensor, progress: bool) -> Iterator[TraceStep]:
         """The generator of `trace`, which has checked its arguments when it was called."""
+        alpha, sigma = self.table.start  # of the state before the step
         with self._bar(progress, 1, 1) as bar:
             for i, t in enumerate(self.table.timesteps):
                 with torch.inference_mode(False), torch.no_grad():
+                    x0 = buffers.x.clone()
                     self._step(buffers)
+                    if self.table.history_of == "epsilon":  # what is predicted there is the noise
+                        x0.sub_(predicted, alpha=sigma).div_(alpha)
+                    else:
+                        x0 = predicted.clone()
+                alpha, sigma = self.table["k_x"][i], self.table["k_z"][i]
                 bar.update()
-                yield TraceStep(i, float(t), buffers.x.clone(), x0.clone())
+                yield TraceStep(i, float(t), buffers.x.clone(), x0)
         self._finite(buffers.x, buffers.nonfinite)
 
     # --- one step, and what it needs ----------------------------------------------------------------------------------
 
     def _step(self, b: Buffers) -> None:
         """Evaluate the model and apply each sample's row: all that happens in the loop, and all that a graph holds."""
-        output = _tensor_of(self.model(b.model_input, b.t, **b.model_kwargs), b.x.shape, self.table.learned)
+        output = _tensor_of(self.model(b.model_input, b.t, **b.model_kwargs), b.model_input.shape, self.table.learned)
         reverse_step_(
             b.x,
             output,
@@ -225,6 +216,10 @@ class Sampler:
             h3=b.h3,
             model_input=b.model_input,
             x0=b.x0,
+            guidance=b.weights(),
+            rescale=b.rescale,
+            known=b.known,
+            mask=b.mask,
             limited=self.table.limited,
             dynamic=self.table.dynamic,
             noise=self.table.stochastic,
@@ -232,60 +227,43 @@ class Sampler:
             direct=self.table.direct,
             scaled=self.table.scaled,
         )
-        advance_(b.cursor, b.t, b.table)
+        advance_(b.cursors, b.t, b.table)
 
-    def _prepared(
-        self, shape: tuple[int, ...], kwargs: dict[str, Any], x_T: Tensor | None
-    ) -> tuple[Buffers, Callable[[], None]]:
+    def _prepared(self, part: Inputs) -> tuple[Buffers, Callable[[], None]]:
         """Buffers, and the function that does a step on them: eagerly, or by replaying a graph."""
-        device = self._device(x_T)
+        device = self._device(part.x_T)
         if self._wants_graph(device):
             fingerprint = graphs.fingerprint(self.model)
             if fingerprint != self._captured_for:
                 self._captured.clear()
                 self._captured_for = fingerprint
             try:
-                key = (_key(shape, kwargs), device)
-                return self._captured.get(key, partial(self._capture, shape, kwargs, x_T, device))
+                return self._captured.get((_key(part), device), partial(self._capture, part, device))
             except GraphCaptureError as error:
                 if self.graph is True:
                     raise
                 self._graph_refused = True  # a failed capture is not tried again
                 self._captured.clear()
                 warnings.warn(f"no CUDA graph: {error}; sampling goes on eagerly, slower", stacklevel=3)
-        buffers = self._allocate(shape, kwargs, x_T)
+        buffers = self._allocate(part)
         return buffers, partial(self._step, buffers)
 
     def _wants_graph(self, device: torch.device) -> bool:
         return device.type == "cuda" and self.graph is not False and not self._graph_refused
 
-    def _capture(
-        self, shape: tuple[int, ...], kwargs: dict[str, Any], x_T: Tensor | None, device: torch.device
-    ) -> tuple[Buffers, Callable[[], None]]:
-        buffers = self._allocate(shape, kwargs, x_T)
-        buffers.start(None, buffers.seeds, kwargs)  # the warm-up runs on noise of seed 0
+    def _capture(self, part: Inputs, device: torch.device) -> tuple[Buffers, Callable[[], None]]:
+        buffers = self._allocate(part)
+        buffers.start(part, self.table.init_noise_sigma)  # for the warm-up
         return buffers, graphs.capture(partial(self._step, buffers), device)
 
-    def _allocate(self, shape: tuple[int, ...], kwargs: Mapping[str, Any], x_T: Tensor | None) -> Buffers:
-        device, batch = self._device(x_T), shape[0]
-        table = torch.tensor(self.table.with_identity(), dtype=self.state_dtype, device=device)
-        whole = all(t.is_integer() for t in self.table.timesteps.tolist())
-        state = partial(torch.empty, shape, dtype=self.state_dtype, device=device)
-        history = self.table.history
-        return Buffers(
-            x=state(),
-            model_input=torch.empty(
-                shape, dtype=self._model_dtype(), device=device, memory_format=self._memory_format(shape)
-            ),
-            t=torch.zeros(batch, dtype=torch.int64 if whole else torch.float32, device=device),
-            table=table,
-            cursor=torch.zeros(batch, dtype=torch.int32, device=device),
-            seeds=torch.zeros(batch, dtype=torch.int64, device=device),
-            nonfinite=torch.zeros(batch, dtype=torch.int32, device=device),
-            h1=state() if history >= 1 else None,
-            h2=state() if history >= 2 else None,
-            h3=state() if history >= 3 else None,
-            model_kwargs=tree_map_only(Tensor, lambda v: torch.empty_like(v, device=device), dict(kwargs)),
+    def _allocate(self, part: Inputs) -> Buffers:
+        return Buffers.of(
+            part,
+            self.table,
+            state_dtype=self.state_dtype,
+            model_dtype=self._model_dtype(),
+            memory_format=self._memory_format(part.shape),
+            device=self._device(part.x_T),
         )
 
     # --- what the model wants -----------------------------------------------------------------------------------------
@@ -321,17 +299,11 @@ class Sampler:
 
     # --- checks before and after --------------------------------------------------------------------------------------
 
-    def _checked(
-        self, shape: Sequence[int], seeds: int | Sequence[int], x_T: Tensor | None
-    ) -> tuple[tuple[int, ...], Tensor]:
-        shape = tuple(shape)
-        if len(shape) < 2 or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in shape):
-            raise InputError(f"shape is {shape}; needed: (batch, ...), whole numbers of at least 1, as (16, 3, 32, 32)")
-        if x_T is not None and tuple(x_T.shape) != shape:
-            raise InputError(f"x_T has shape {tuple(x_T.shape)}, shape is {shape}; they must be the same")
+    def _checked(self, shape: Sequence[int], seeds: int | Sequence[int], **conditions: Unpack[Conditions]) -> Inputs:
+        given = Inputs.of(self.table, shape, seeds, **conditions)
         if hasattr(self.model, "check_shape"):
-            self.model.check_shape(shape[1:])
-        device = self._device(x_T)
+            self.model.check_shape(given.shape[1:])
+        device = self._device(given.x_T)
         if device.type == "cuda" and not torch.cuda.is_available():
             raise DeviceError("the device is cuda, but torch finds no NVIDIA GPU; use device='cpu'")
         own = next((p.device for p in self._parameters()), device)
@@ -339,7 +311,7 @@ class Sampler:
             raise InputError(f"the model is on {own}, the device is {device}; move it first: model.to({str(device)!r})")
         if device.type != "cpu" and self.state_dtype == torch.float64:
             raise InputError(f"state_dtype float64 is for the CPU; the device is {device}")
-        return shape, sample_seeds(seeds, shape[0])
+        return given
 
     def _finite(self, samples: Tensor, flags: Tensor) -> Tensor:
         """`samples`, or `NonFiniteError` where one is not finite or its flag is set."""
@@ -362,20 +334,10 @@ class Sampler:
         return tqdm(total=-(-n // size) * self.table.num_rows, disable=not progress, unit="step", desc="sampling")
 
 
-def _rows(kwargs: dict[str, Any], rows: Tensor, batch: int) -> dict[str, Any]:
-    """The keyword arguments of some samples: of a tensor with a row a sample, those rows."""
-
-    def picked(v: Tensor) -> Tensor:
-        return v[rows.to(v.device)] if v.ndim and v.shape[0] == batch else v
-
-    made: dict[str, Any] = tree_map_only(Tensor, picked, kwargs)
-    return made
-
-
-def _key(shape: tuple[int, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+def _key(part: Inputs) -> tuple[Any, ...]:
     """What a captured graph is for: a tensor enters by its shape and dtype, a plain value by itself.
 
-    Raises `GraphCaptureError` for anything else in `kwargs`: an object may change without its graph noticing.
+    Raises `GraphCaptureError` for anything else in the model_kwargs: an object may change without its graph noticing.
     """
 
     def described(v: Any) -> tuple[Any, ...]:
@@ -385,8 +347,9 @@ def _key(shape: tuple[int, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
             raise GraphCaptureError(f"model_kwargs hold a {type(v).__name__}, which may change between calls")
         return type(v), v
 
-    leaves, spec = tree_flatten(kwargs)
-    return shape, str(spec), tuple(described(v) for v in leaves)
+    leaves, spec = tree_flatten(part.model_kwargs)
+    there = tuple(v is not None for v in (part.guidance, part.rescale, part.guided_rows, part.known))
+    return part.shape, there, str(spec), tuple(described(v) for v in leaves)
 
 
 def _tensor_of(output: Any, shape: torch.Size, learned: bool) -> Tensor:
@@ -414,6 +377,8 @@ def sample(
     seed: int = 0,
     x_T: Tensor | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
+    guidance_scale: PerSample | None = None,
+    unconditional_kwargs: Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     graph: GraphMode = "auto",
@@ -429,7 +394,8 @@ def sample(
         solver: a name in `fastddpm.solvers.names()`.
         steps: how many steps; None: all of the schedule's.
         seed: one integer from which each sample's seed is mixed.
-        x_T, model_kwargs, dtype, device, graph, progress: as in `Sampler` and `Sampler.sample`.
+        x_T, model_kwargs, guidance_scale, unconditional_kwargs, dtype, device, graph, progress: as in `Sampler` and
+            `Sampler.sample`.
         options: the solver's own, as ``eta=0.5`` or ``clip=1.0``.
 
     Returns:
@@ -438,4 +404,12 @@ def sample(
     check_seed(seed)
     table = solvers.make(solver, schedule or NoiseSchedule.linear(), steps, **options)
     sampler = Sampler(model, table, dtype=dtype, device=device, graph=graph)
-    return sampler.sample(shape, seeds=seed, x_T=x_T, model_kwargs=model_kwargs, progress=progress)
+    return sampler.sample(
+        shape,
+        seeds=seed,
+        x_T=x_T,
+        model_kwargs=model_kwargs,
+        guidance_scale=guidance_scale,
+        unconditional_kwargs=unconditional_kwargs,
+        progress=progress,
+    )

@@ -21,6 +21,7 @@ from .euler import euler, euler_ancestral
 from .heun import heun
 from .lcm import consistency, lcm
 from .plms import plms
+from .repaint import repaint
 from .table import StepTable, step_table
 from .unipc import unipc
 
@@ -41,6 +42,7 @@ __all__ = [
     "names",
     "options",
     "plms",
+    "repaint",
     "step_table",
     "summary",
     "unipc",
@@ -60,6 +62,7 @@ _SOLVERS: dict[str, Callable[..., StepTable]] = {
     "dpm2": dpm2,
     "lcm": lcm,
     "consistency": consistency,
+    "repaint": repaint,
 }
 
 
