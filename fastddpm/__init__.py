@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import solvers
+    from .edm import EDMSchedule
     from .errors import FastDDPMError
     from .sampler import Sampler, sample
     from .schedule import NoiseSchedule
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "EDMSchedule": "edm",
     "FastDDPMError": "errors",
     "NoiseSchedule": "schedule",
     "Sampler": "sampler",
@@ -31,7 +33,17 @@ _HOMES = {
     "UNetConfig": "unet_config",
     "sample": "sampler",
 }
-__all__ = ["FastDDPMError", "NoiseSchedule", "Sampler", "StepTable", "UNet", "UNetConfig", "sample", "solvers"]
+__all__ = [
+    "EDMSchedule",
+    "FastDDPMError",
+    "NoiseSchedule",
+    "Sampler",
+    "StepTable",
+    "UNet",
+    "UNetConfig",
+    "sample",
+    "solvers",
+]
 
 
 def __getattr__(name: str) -> Any:
