@@ -174,3 +174,52 @@ def test_a_noised_picture_is_sampled_on_from_its_level():
     ours = sampler.sample(x.shape, seeds=0, x_T=torch.from_numpy(x)).numpy()
     expected = run(table, awkward_model, x, np.zeros((table.num_rows, *x.shape)))[-1]
     np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-12)
+
+
+# ---- a sampling schedule that isn't the training one -----------------------------------------------------------------
+
+
+def perfect_model(schedule, prediction="epsilon"):
+    """A model trained with `schedule` on N(0.4, 0.25) data, at any time between its time steps."""
+
+    def model(x, t):
+        log_sigma = np.interp(t, np.arange(schedule.num_steps), -0.5 * schedule.log_snr)
+        alpha, sigma = 1 / np.sqrt(1 + np.exp(2 * log_sigma)), 1 / np.sqrt(1 + np.exp(-2 * log_sigma))
+        off = (x - 0.4 * alpha) / (0.25 * alpha**2 + sigma**2)
+        eps, x0 = sigma * off, 0.4 + 0.25 * alpha * off
+        return {"epsilon": eps, "v_prediction": alpha * eps - sigma * x0}[prediction]
+
+    return model
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("name", ["ddpm", "ddim"])
+def test_a_model_of_one_schedule_is_sampled_with_the_levels_of_another(name, prediction):
+    """With a perfect model it makes no difference which schedule the model knows, where it reaches the same levels."""
+    trained, schedule = NoiseSchedule.linear(1000, 1e-5, 0.03), NoiseSchedule.scaled_linear(400, 1e-3, 0.02)
+    rng = np.random.default_rng(0)
+    x, noise = rng.standard_normal((2, 5)), rng.standard_normal((40, 2, 5))
+    table = solvers.make(name, schedule, 40, prediction_type=prediction)
+    told = solvers.retimed(table, schedule, trained)
+    assert (told.timesteps != table.timesteps).all()
+    expected = run(table, perfect_model(schedule, prediction), x, noise)
+    np.testing.assert_allclose(run(told, perfect_model(trained, prediction), x, noise), expected, rtol=0, atol=1e-9)
+    wrong = run(table, perfect_model(trained, prediction), x, noise)
+    assert np.abs(wrong - expected).max() > 0.01
+    for field in ("start", "init_noise_sigma", "history_of"):
+        assert getattr(told, field) == getattr(table, field)
+
+
+def test_the_training_schedule_itself_changes_nothing_and_the_ends_are_kept():
+    for schedule in (LINEAR, NoiseSchedule.cosine(), LINEAR.rescale_zero_terminal_snr()):
+        table = solvers.ddim(schedule, 50, spacing="trailing", prediction_type="v_prediction")
+        np.testing.assert_array_equal(solvers.retimed(table, schedule, schedule).rows, table.rows)
+    cosine = NoiseSchedule.cosine()
+    beyond = solvers.retimed(solvers.ddpm(cosine), cosine, LINEAR).timesteps
+    assert beyond[0] == 999  # the cosine schedule ends with less signal than any that the model has seen
+    assert (np.diff(beyond) <= 0).all()
+    rounded = solvers.retimed(solvers.ddpm(cosine), cosine, LINEAR, quantize=True).timesteps
+    np.testing.assert_array_equal(rounded, beyond.round())
+    assert (rounded != beyond).any()
+    with pytest.raises(ConfigError, match=r"time inputs are 0 \.\.\. 999; `schedule` has the time steps 0 \.\.\. 99"):
+        solvers.retimed(solvers.ddpm(LINEAR), NoiseSchedule.linear(100), LINEAR)

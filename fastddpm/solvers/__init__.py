@@ -19,16 +19,22 @@ from .dpm2 import dpm2
 from .dpm_singlestep import dpm_solver_singlestep
 from .euler import euler, euler_ancestral
 from .heun import heun
+from .inversion import ddim_inversion
+from .langevin import annealed_langevin
 from .lcm import consistency, lcm
 from .plms import plms
+from .predictor_corrector import predictor_corrector
 from .repaint import repaint
+from .retimed import retimed
 from .table import StepTable, step_table
 from .unipc import unipc
 
 __all__ = [
     "StepTable",
+    "annealed_langevin",
     "consistency",
     "ddim",
+    "ddim_inversion",
     "ddpm",
     "deis",
     "dpm2",
@@ -42,7 +48,9 @@ __all__ = [
     "names",
     "options",
     "plms",
+    "predictor_corrector",
     "repaint",
+    "retimed",
     "step_table",
     "summary",
     "unipc",
@@ -63,6 +71,9 @@ _SOLVERS: dict[str, Callable[..., StepTable]] = {
     "lcm": lcm,
     "consistency": consistency,
     "repaint": repaint,
+    "annealed_langevin": annealed_langevin,
+    "predictor_corrector": predictor_corrector,
+    "ddim_inversion": ddim_inversion,
 }
 
 
