@@ -1,6 +1,7 @@
 """CUDA graphs: the logic on any machine with the capture faked, the real thing where there is a GPU."""
 
 import functools
+import math
 import os
 import subprocess
 import sys
@@ -163,6 +164,52 @@ def test_new_shapes_and_arguments_get_graphs_of_their_own(monkeypatch):
     assert fake.captures == 9
 
 
+def test_guidance_and_inpainting_have_graphs_of_their_own_and_their_numbers_have_not(monkeypatch):
+    """A graph is for what a step does; scales, intervals, what is known and where, are written into its buffers."""
+    shift, unconditional, table = torch.tensor([1.0, 2.0]), {"shift": 0.0}, solvers.ddpm(NoiseSchedule.linear(), 6)
+    runs = [
+        dict(),
+        dict(guidance_scale=2.0, unconditional_kwargs=unconditional),
+        dict(guidance_scale=[5.0, 1.0], unconditional_kwargs={"shift": -0.5}),
+        dict(guidance_scale=3.0, guidance_rescale=0.5, unconditional_kwargs=unconditional),
+        dict(guidance_scale=3.0, guidance_interval=(0.1, 1.0), unconditional_kwargs=unconditional),
+        dict(guidance_scale=3.0, guidance_interval=(1.0, 9.0), unconditional_kwargs=unconditional),
+        dict(guidance_scale=1.0, unconditional_kwargs=unconditional),
+        dict(known=torch.zeros(2, 5), mask=torch.arange(5) < 2),
+        dict(known=torch.ones(2, 5), mask=torch.arange(5) < 3),
+    ]
+    eager = [Sampler(Net(), table).sample((2, 5), seeds=0, model_kwargs={"shift": shift}, **given) for given in runs]
+    fake = FakeCapture(monkeypatch)
+    sampler = Sampler(Net(), table)
+    sampler._captured = graphs.RecentlyUsed(9)
+    captures = []
+    for given, expected in zip(runs, eager, strict=True):
+        made = sampler.sample((2, 5), seeds=0, model_kwargs={"shift": shift}, **given)
+        assert torch.equal(made, expected)
+        captures.append(fake.captures)
+    assert captures == [1, 2, 2, 3, 4, 4, 4, 5, 5]
+    assert len({tuple(made.flatten().tolist()) for made in eager}) == 8  # the first and the seventh are one
+
+
+def test_a_step_with_an_interval_reads_nothing_on_the_host(monkeypatch):
+    """What the cursor stands at decides: the very same function, called again and again, guides only some rows."""
+    weights = []
+    FakeCapture(monkeypatch)
+    monkeypatch.setattr("fastddpm.sampler.reverse_step_", lambda *a, guidance, **k: weights.append(guidance.tolist()))
+    Sampler(Net(), TABLE).sample(
+        (2, 5),
+        seeds=0,
+        model_kwargs={"shift": torch.ones(2)},
+        guidance_scale=[3.0, 4.0],
+        unconditional_kwargs={"shift": 0.0},
+        guidance_interval=(0.2, 2.0),
+    )
+    noise = [math.inf, *(TABLE["k_z"][:-1] / TABLE["k_x"][:-1])]
+    noise[0] = TABLE.start[1] / TABLE.start[0]
+    assert weights[3:] == [[3.0, 4.0] if 0.2 < level <= 2.0 else [1.0, 1.0] for level in noise]
+    assert [1.0, 1.0] in weights[3:]
+
+
 def test_a_dict_that_changes_between_calls(monkeypatch):
     fake = FakeCapture(monkeypatch)
 
@@ -319,6 +366,23 @@ ON_GPU = {
         ]
         assert torch.equal(*made)
         assert [s.step for s in Sampler(net, table).trace((2, 1, 16, 16), seeds=0)] == list(range(25))
+        guided = dict(guidance_scale=[1.0, 2.0, 3.0, 4.0, 5.0], guidance_rescale=0.7, guidance_interval=(0.1, 5.0),
+                      unconditional_kwargs={"class_labels": 2})
+        known = dict(known=torch.zeros(5, 1, 8, 8), mask=torch.arange(8) < 4)
+        for given in (guided, known, {**guided, **known}):
+            made = [
+                Sampler(labelled, table, graph=g, batch_size=2).sample(
+                    x_T.shape, seeds=list(range(5)), model_kwargs={"class_labels": torch.arange(5) % 3}, **given)
+                for g in (True, False)
+            ]
+            assert torch.equal(*made)
+    """,
+    "classifier_guidance_is_captured": """
+        from fastddpm.guidance import classifier_guided
+        head = torch.nn.Conv2d(1, 1, 3).cuda()
+        guided = classifier_guided(net, lambda x, t: head(x).square().flatten(1).sum(1), NoiseSchedule.linear())
+        made = [Sampler(guided, table, graph=g).sample((2, 1, 16, 16), seeds=0) for g in (True, False)]
+        assert torch.equal(*made) and head.weight.grad is None
     """,
     "not_finite": """
         from fastddpm.errors import NonFiniteError
