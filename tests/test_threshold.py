@@ -133,6 +133,7 @@ def test_the_very_order_statistic(block, spread):
         ([1.0] * 70, 0.5, 1.0),
         ([0.25] * 35 + [3.25] * 35, 0.5, 1.75),  # below 1, and above it: between the two of them
         ([0.5] * 35 + [1.0] * 35, 0.5, 1.0),
+        ([1.0 + 2.0**-23] * 70, 0.5, 1.0 + 2.0**-23),  # the least that is above 1
         ([2.0] * 34 + [-3.0] * 36, 34 / 69, 3.0),  # ties on both sides
         ([2.0] * 35 + [2.0 + 2.0**-22] * 35, 1.0, 2.0 + 2.0**-22),  # they differ in the last bit alone
         ([2.0 + 2.0**-21] * 35 + [2.0 + 2.0**-14] * 35, 0.5, 2.0 + 2.0**-22 + 2.0**-15),
@@ -272,3 +273,24 @@ def test_two_neighbours_that_differ_in_their_last_bits(block):
     exact = expected(x, table, cursor)[0]
     assert 2.0 < exact < values[0, -1]
     assert abs(made - exact) <= 2.0**-22
+
+
+@pytest.mark.parametrize("block", [None, 16])
+def test_a_neighbour_that_is_there_but_once(block):
+    """The next element in the order is the only one of its value, in the last digit's last bin or before it."""
+    ulp = 2.0**-22  # of numbers in 2 ... 4
+    for above in (1, 3, 127):  # of 2.0, whose last digit is 0
+        x = fenced(torch.tensor([[2.0] * 35 + [2.0 + above * ulp] + [9.0] * 34]))
+        made = bounds(x, torch.zeros_like(x), plain_rows([34.5 / 69]), cursor_at(0), block)
+        assert abs(made[0, 0].item() - (2.0 + above * ulp / 2)) <= ulp / 2
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("block", [None, 16])
+def test_guidance_without_its_rescale(block, learned):
+    x, m, weights = inputs((3, 5, 7), batch=2, guided=True, learned=learned)
+    flags = {"guidance": weights["guidance"], "learned": learned}
+    table, cursor = rows([0.6, 0.995], clip=40.0), cursor_at(1, 0)
+    made = bounds(x, m, table, cursor, block, **flags)
+    check(made, expected(step_x0(x, m, table, cursor, **flags), table, cursor))
+    assert (made[:, 0] > 1).all()
