@@ -81,11 +81,13 @@ def adams(lam: Floats, orders: NDArray[np.int64], kind: Kind, *, implicit: bool 
     # Gauss-Legendre instead of the closed forms, which cancel at small h: exact to rounding, since e^-u f(u) is smooth
     # and no weight's integrand changes its sign within the step.
     points, shares = np.polynomial.legendre.leggauss(24)
-    half = np.minimum(np.diff(lam), _REACH)[:, None] / 2
+    h = np.diff(lam)
+    half = np.minimum(h, _REACH)[:, None] / 2
     u = half * (points + 1.0)
     measure = half * shares * np.exp(-u)
-    weights = np.zeros((len(u), 4))
-    for order in range(1, 4):
+    weights = np.zeros((len(h), 4))
+    weights[orders == 1, 1] = -np.expm1(-h[orders == 1])  # f is constant, and h may be infinite
+    for order in (1, 2, 3) if implicit else (2, 3):
         rows = np.flatnonzero(orders == order)
         columns = range(0 if implicit else 1, order + 1)
         levels = {c: rows + 1 - c for c in columns}
