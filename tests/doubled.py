@@ -32,19 +32,27 @@ def scheduler(monkeypatch, name, schedule=None, **config):
     return cls(**config)
 
 
-def walk(monkeypatch, stock, model, x, noise, **options):
-    """The state after each model evaluation, and what the scheduler asked for; `noise` is what it draws, in turn."""
+def walk(monkeypatch, stock, steps, model, x, noise, **options):
+    """The state after each model evaluation of a stock scheduler; `noise` is what it draws, in turn."""
     module = importlib.import_module(type(stock).__module__)
     draws = iter(noise)
     if hasattr(module, "randn_tensor"):
         monkeypatch.setattr(module, "randn_tensor", lambda *_, **__: torch.from_numpy(next(draws)))
-    x, states = torch.from_numpy(x), []
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)  # of a Python number times an integer tensor
+    try:
+        return np.array(list(_states(stock, steps, model, torch.from_numpy(x), options)))
+    finally:
+        torch.set_default_dtype(usual)
+
+
+def _states(stock, steps, model, x, options):
+    stock.set_timesteps(steps)
     for t in stock.timesteps:
         m = model(stock.scale_model_input(x, t).numpy(), t.item())
         x = stock.step(torch.from_numpy(m), t, x, return_dict=False, **options)[0]
-        states.append(x.numpy())
-    assert x.dtype == torch.float64
-    return np.array(states)
+        assert x.dtype == torch.float64
+        yield x.numpy()
 
 
 def assert_same_walk(states, expected, tolerance=1e-9):

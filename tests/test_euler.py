@@ -54,10 +54,10 @@ def data():
 def test_euler_walks_as_diffusers_does(data, schedule, spacing, prediction, monkeypatch):
     steps, config = PEER_SPACINGS[spacing]
     stock = scheduler(monkeypatch, "EulerDiscreteScheduler", schedule, prediction_type=prediction, **config)
-    stock.set_timesteps(steps)
     table = euler(schedule, steps, spacing=spacing, prediction_type=prediction, quantize=False)
     x = data[0] * table.init_noise_sigma
-    assert_same_walk(run(table, awkward_model, x, data[1][0, :steps]), walk(monkeypatch, stock, awkward_model, x, []))
+    expected = walk(monkeypatch, stock, steps, awkward_model, x, [])
+    assert_same_walk(run(table, awkward_model, x, data[1][0, :steps]), expected)
     np.testing.assert_allclose(table["t"], stock.timesteps.numpy(), atol=1e-8)
     assert not table.stochastic
 
@@ -68,10 +68,9 @@ def test_euler_walks_as_diffusers_does(data, schedule, spacing, prediction, monk
 def test_euler_ancestral_walks_as_diffusers_does(data, schedule, spacing, prediction, monkeypatch):
     steps, config = PEER_SPACINGS[spacing]
     stock = scheduler(monkeypatch, "EulerAncestralDiscreteScheduler", schedule, prediction_type=prediction, **config)
-    stock.set_timesteps(steps)
     table = euler_ancestral(schedule, steps, spacing=spacing, prediction_type=prediction)
     x, noise = data[0] * table.init_noise_sigma, data[1][0, :steps]
-    assert_same_walk(run(table, awkward_model, x, noise), walk(monkeypatch, stock, awkward_model, x, noise))
+    assert_same_walk(run(table, awkward_model, x, noise), walk(monkeypatch, stock, steps, awkward_model, x, noise))
     assert table.stochastic
 
 
@@ -79,22 +78,18 @@ def test_euler_ancestral_walks_as_diffusers_does(data, schedule, spacing, predic
 def test_euler_ends_where_diffusers_does(data, final_sigma, monkeypatch):
     config = {"timestep_spacing": "trailing", "final_sigmas_type": final_sigma}
     stock = scheduler(monkeypatch, "EulerDiscreteScheduler", LINEAR, **config)
-    stock.set_timesteps(10)
     table = euler(LINEAR, 10, spacing="trailing", final_sigma=final_sigma)
     x = data[0] * table.init_noise_sigma
-    assert_same_walk(run(table, awkward_model, x, data[1][0, :10]), walk(monkeypatch, stock, awkward_model, x, []))
+    assert_same_walk(run(table, awkward_model, x, data[1][0, :10]), walk(monkeypatch, stock, 10, awkward_model, x, []))
 
 
 @pytest.mark.parametrize("spacing, name", [("karras", "karras"), ("log_snr", "exponential")])
 def test_euler_of_an_edm_model_walks_as_diffusers_does(data, spacing, name, monkeypatch):
     stock = scheduler(monkeypatch, "EDMEulerScheduler", sigma_schedule=name)
-    stock.set_timesteps(18)
     table = euler(EDM, spacing=spacing, prediction_type="edm")
     x = data[0] * table.init_noise_sigma
-    expected = walk(monkeypatch, stock, awkward_model, x, [])
-    # its "exponential" levels are float32 whatever is done: a linspace with no dtype
-    tolerance = 1e-6 if name == "exponential" else 1e-9
-    assert_same_walk(run(table, awkward_model, x, data[1][0, :18]), expected, tolerance)
+    expected = walk(monkeypatch, stock, 18, awkward_model, x, [])
+    assert_same_walk(run(table, awkward_model, x, data[1][0, :18]), expected)
 
 
 def test_diffusers_evaluates_the_model_before_it_churns_and_algorithm_2_after(data, monkeypatch):
@@ -108,8 +103,7 @@ def test_diffusers_evaluates_the_model_before_it_churns_and_algorithm_2_after(da
 
     def scheduler_with(model):
         stock = scheduler(monkeypatch, "EulerDiscreteScheduler", LINEAR, timestep_spacing="trailing")
-        stock.set_timesteps(20)
-        return walk(monkeypatch, stock, model, x, noise, s_churn=4.0)
+        return walk(monkeypatch, stock, 20, model, x, noise, s_churn=4.0)
 
     wrong = scheduler_with(awkward_model)
     assert np.abs(wrong[-1] - ours[-1]).max() > 1e-2 * np.abs(ours[-1]).max()
