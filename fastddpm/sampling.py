@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 import time
@@ -81,6 +82,8 @@ class Request:
             if value is not None and not 1 <= value <= high:
                 raise InputError(f"--{name} is {value}; allowed: 1 ... {high}")
         check_writable("--out", self.out)
+        if self.guidance is not None and not math.isfinite(self.guidance):
+            raise InputError(f"--guidance is {self.guidance}; allowed: a number, as 1 (none) or 2")
         if self.trace is not None:
             check_writable("--trace", self.trace)
             if os.path.realpath(self.trace) == os.path.realpath(self.out):
@@ -136,10 +139,11 @@ def run(request: Request, *, progress: bool = False) -> dict[str, Any]:
     unet = load(request.folder, device, dtype)
     shape = sample_shape(unet)
     labels = class_labels(request, unet)
+    kwargs = conditions(request, unet, labels)
     sampler = Sampler(unet, table, batch_size=request.batch_size, device=device)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        samples, seconds = timed_samples(sampler, request, shape, labels, progress)
+        samples, seconds = timed_samples(sampler, request, shape, kwargs, progress)
     notes = [str(warning.message) for warning in caught]
     if find_scheduler_config(request.folder) is None:
         notes.append(f"{request.folder} has no scheduler_config.json; the schedule is Ho et al.'s, linear")
@@ -147,7 +151,9 @@ def run(request: Request, *, progress: bool = False) -> dict[str, Any]:
     text = described(request, device, dtype)
     files = {request.out: pictures.encode_png(pictures.grid(samples), text)}
     if request.trace is not None:
-        strip = traced(sampler, request, table, shape, labels, progress)
+        batch = min(request.num, request.batch_size)
+        first = conditions(request, unet, None if labels is None else labels[:batch])
+        strip = traced(sampler, request, table, shape, first, progress)
         files[request.trace] = pictures.encode_png(strip, text)
     write_all_atomically(files)
     return {
@@ -155,7 +161,10 @@ def run(request: Request, *, progress: bool = False) -> dict[str, Any]:
         "trace": None if request.trace is None else str(request.trace),
         "num": request.num,
         "solver": request.solver,
-        "steps": table.num_rows,
+        "steps": request.steps,
+        "evaluations": table.num_rows,
+        "options": request.solver_options,
+        "guidance": request.guidance,
         "seed": request.seed,
         "class": request.label,
         "weights": str(request.folder),
@@ -212,14 +221,27 @@ def class_labels(request: Request, unet: UNet) -> torch.Tensor | None:
     return torch.full((request.num,), request.label)
 
 
+def conditions(request: Request, unet: UNet, labels: torch.Tensor | None) -> dict[str, Any]:
+    """What `Sampler.sample` is told of classes and guidance."""
+    told: dict[str, Any] = {} if labels is None else {"model_kwargs": {"class_labels": labels}}
+    if request.guidance is None or request.guidance == 1:
+        return told
+    embeddings = unet.config.num_class_embeds
+    null = None if embeddings is None else null_class(request.folder, embeddings)
+    if null is None:
+        raise InputError(
+            f"--guidance is {request.guidance:g}, but the model in {request.folder} was not trained without a class "
+            "too (its config has no _null_class); leave --guidance out"
+        )
+    return told | {"guidance_scale": request.guidance, "unconditional_kwargs": {"class_labels": null}}
+
+
 def timed_samples(
-    sampler: Sampler, request: Request, shape: tuple[int, ...], labels: torch.Tensor | None, progress: bool
+    sampler: Sampler, request: Request, shape: tuple[int, ...], told: dict[str, Any], progress: bool
 ) -> tuple[np.ndarray, float]:
     """The samples, float32 [num, C, H, W], and the seconds that they took, from the first noise to the last pixel."""
     start = time.perf_counter()
-    samples = sampler.sample(
-        (request.num, *shape), seeds=request.seed, model_kwargs=_kwargs(labels), progress=progress
-    ).cpu()
+    samples = sampler.sample((request.num, *shape), seeds=request.seed, progress=progress, **told).cpu()
     return samples.numpy(), time.perf_counter() - start
 
 
@@ -228,7 +250,7 @@ def traced(
     request: Request,
     table: StepTable,
     shape: tuple[int, ...],
-    labels: torch.Tensor | None,
+    told: dict[str, Any],
     progress: bool,
 ) -> Any:
     """The filmstrip of the first few samples, from the first step to the last.
@@ -243,17 +265,12 @@ def traced(
     moments = set(np.linspace(0, rows - 1, min(MOMENTS, rows)).round().astype(int).tolist())
     frames, captions = [], []
     n = min(n, batch)
-    kwargs = _kwargs(None if labels is None else labels[:batch])
-    for state in sampler.trace((batch, *shape), seeds=request.seed, model_kwargs=kwargs, progress=progress):
+    for state in sampler.trace((batch, *shape), seeds=request.seed, progress=progress, **told):
         if state.step in moments:
             pairs = np.stack([state.x[:n].cpu().numpy(), state.x0[:n].cpu().numpy()], axis=1)  # [n, 2, C, H, W]
             frames.append(pairs.reshape(2 * n, *shape))
             captions.append(f"step {state.step + 1}")
     return pictures.filmstrip(frames, captions=captions)
-
-
-def _kwargs(labels: torch.Tensor | None) -> dict[str, Any]:
-    return {} if labels is None else {"class_labels": labels}
 
 
 def described(request: Request, device: torch.device, dtype: torch.dtype) -> dict[str, object]:
@@ -270,5 +287,11 @@ def described(request: Request, device: torch.device, dtype: torch.dtype) -> dic
         "dtype": str(dtype).removeprefix("torch."),
     }
     weights = None if request.weights is None else request.weights.resolve().name
-    optional = {"eta": request.eta, "class": request.label, "weights": weights}
+    optional = {
+        "options": " ".join(request.settings) or None,
+        "eta": request.eta,
+        "guidance": request.guidance,
+        "class": request.label,
+        "weights": weights,
+    }
     return text | {name: value for name, value in optional.items() if value is not None}
