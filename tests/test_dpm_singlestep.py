@@ -161,6 +161,7 @@ def test_heun_is_the_integral_of_the_polynomial_from_the_groups_start(state, alg
     levels = Levels.of(LINEAR, 7, **options)
     lam, alpha, sigma, of_x0 = levels.lam, levels.alpha, levels.sigma, algorithm == "dpmsolver++"
     x_m = (levels.x0_x, levels.x0_m) if of_x0 else (levels.eps_x, levels.eps_m)
+    assert (table.init_noise_sigma, table.start) == (levels.init_noise_sigma, levels.start)
     begin = X * levels.init_noise_sigma
     x, states = begin, run(table, awkward_model, begin, NOTHING[:7])
     for i in range(6):

@@ -190,7 +190,7 @@ def check_levels(levels: Levels, algorithm: str) -> bool:
     if not of_x0 and np.isneginf(levels.lam[0]):
         raise ConfigError(
             f"algorithm={algorithm!r} can't start at a terminal SNR of zero (it divides by alpha); "
-            'use "dpmsolver++" or "sde-dpmsolver++"'
+            'use an algorithm with "++"'
         )
     return of_x0
 
