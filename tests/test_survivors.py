@@ -15,7 +15,7 @@ import pytest
 import torch
 from fastddpm_kernels import guidance_rescale, noise_mse_kernel, philox, q_sample_kernel, reverse_step_kernel, threshold
 from fastddpm_kernels.columns import COLUMNS
-from fastddpm_kernels.lanes import division, grid
+from fastddpm_kernels.lanes import division, grid, memory_order
 from helpers import DEVICE, random_table
 from torch import Tensor
 
@@ -263,3 +263,12 @@ def test_one_sample_of_one_element_and_no_sample():
     for empty in (out[:0], out[:, :0]):
         philox.launch_normal(empty, seed, step=0, stream=0)
         q_sample_kernel.launch_q_sample(empty, None, empty, t, pairs, seed)
+
+
+def test_channels_last_samples_have_32_bit_addresses():
+    def picture(width: int) -> Tensor:
+        return torch.empty(1, 2, 2**15, width, device="meta").to(memory_format=torch.channels_last)
+
+    assert memory_order(picture(2**15 - 1)) == (2**15 * (2**15 - 1), 2)
+    with pytest.raises(ValueError, match="too large; make it contiguous"):
+        memory_order(picture(2**15))
