@@ -240,6 +240,14 @@ def test_launches_are_as_stated(monkeypatch, kernel, asked, dtype, last, block, 
     assert {(o["BLOCK"], o["VECTOR"], o["num_warps"], o["FULL"]) for o in divided} == {(block, vector, warps, True)}
 
 
+def test_large_samples_are_not_one_program(monkeypatch):
+    recorder, x = Recorder(monkeypatch), torch.zeros(2, 4, 128, 256)
+    for kernel in ("threshold", "rescale"):
+        launch(kernel, x, x, None)
+    divided = [(o["BLOCK"], o["num_warps"]) for o in recorder.options if "BLOCK" in o]
+    assert divided == [*4 * [(1024, 4)], (1024, 8)]
+
+
 def test_small_samples_that_a_program_holds_whole(monkeypatch):
     """Blocks and warps are powers of two."""
     recorder, x = Recorder(monkeypatch), torch.zeros(2, 3, 32, 32)
