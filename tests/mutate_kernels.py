@@ -51,6 +51,7 @@ QUICK = 4  # of a test's parameter sets at most these many, evenly; what survive
 
 NOISE = ["test_noise.test_kernel_and_reference_agree_and_stay_inside", "test_noise.test_philox_has_the_published_bits"]
 STEP = [
+    "test_survivors.test_launches_are_as_stated",
     "test_step_variants.test_the_launcher_of_the_op_hands_everything_on",
     "test_step_variants.test_a_variant_against_float64",
     "test_reverse_step.test_advance_moves_each_cursor_and_reads_its_next_time",

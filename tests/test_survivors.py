@@ -185,11 +185,15 @@ def launch(kernel: str, x: Tensor, m: Tensor, block: int | None) -> object:
     if kernel == "reverse_step":
         flags = dict(limited=True, noise=True)
         return reverse_step_kernel.launch_reverse_step(x, m, table, cursor, seeds, cursor, out=x, block=block, **flags)
-    if kernel.startswith("reverse_step from 5 tensors"):
-        buffers = dict(h1=x, h2=x, **(dict(h3=x) if "h3" in kernel else dict(known=x, mask=x > 0)))
-        flags = dict(limited=True, noise=True)
+    if kernel.startswith("reverse_step with"):
+        named = dict(h1=x, h2=x, h3=x, known=x, guidance=weights, learned=True)
+        read = {name: value for name, value in named.items() if name in kernel}
+        if "known" in read:
+            read["mask"] = x > 0
+        m = torch.cat([m, m], dim=1) if "learned" in read else m
+        m = torch.cat([m, m]) if "guidance" in read else m
         return reverse_step_kernel.launch_reverse_step(
-            x, m, table, cursor, seeds, cursor, out=x, block=block, **buffers, **flags
+            x, m, table, cursor, seeds, cursor, out=x, block=block, **dict(limited=True, noise=True, **read)
         )
     if kernel == "q_sample":
         return q_sample_kernel.launch_q_sample(m, m, m, seeds, pairs, seeds, block=block)
@@ -207,37 +211,46 @@ def launch(kernel: str, x: Tensor, m: Tensor, block: int | None) -> object:
 FP32, BF16 = torch.float32, torch.bfloat16
 
 
-@pytest.mark.parametrize(
-    "kernel, asked, dtype, last, block, vector, warps",
-    [
-        ("normal", None, FP32, False, 1024, 4, 4),
-        ("reverse_step", None, FP32, False, 1024, 4, 4),
-        ("reverse_step", None, BF16, False, 1024, 4, 4),
-        ("reverse_step", None, BF16, True, 1024, 1, 4),
-        ("reverse_step from 5 tensors", None, BF16, False, 1024, 4, 8),
-        ("reverse_step from 5 tensors, h3", None, BF16, False, 1024, 4, 8),
-        ("q_sample", None, FP32, False, 1024, 4, 4),
-        ("q_sample", None, BF16, False, 1024, 8, 4),
-        ("noise_mse", None, FP32, False, 256, 4, 1),
-        ("noise_mse", None, BF16, False, 256, 8, 1),
-        ("noise_mse", 1024, BF16, True, 1024, 1, 4),
-        ("noise_mse backward", None, BF16, False, 1024, 8, 4),
-        ("noise_mse backward mixed", None, BF16, False, 1024, 4, 4),
-        ("threshold", None, BF16, False, 4096, 4, 16),
-        ("threshold", 1024, BF16, True, 1024, 1, 4),
-        ("rescale", None, FP32, False, 4096, 4, 16),
-        ("rescale", 1024, BF16, True, 1024, 8, 8),
-    ],
+LAUNCHES = (  # kernel, block asked for, the model's dtype, channels_last, and what is launched: block, vector, warps
+    ("normal", None, FP32, False, 1024, 4, 4),
+    ("reverse_step", None, FP32, False, 1024, 4, 4),
+    ("reverse_step", None, BF16, False, 1024, 4, 4),
+    ("reverse_step", None, BF16, True, 1024, 1, 4),
+    ("reverse_step with h1, h2", None, BF16, False, 1024, 4, 4),
+    ("reverse_step with h1, guidance", None, BF16, False, 1024, 4, 4),
+    ("reverse_step with h1, learned", None, BF16, False, 1024, 4, 4),
+    ("reverse_step with h1, known", None, BF16, False, 1024, 4, 4),
+    ("reverse_step with guidance, learned", None, BF16, False, 1024, 4, 4),
+    ("reverse_step with h1, h2, known", None, BF16, False, 1024, 4, 8),
+    ("reverse_step with h1, h2, h3", None, BF16, False, 1024, 4, 8),
+    ("reverse_step with h1, h2, guidance", None, BF16, False, 1024, 4, 8),
+    ("reverse_step with h1, h2, learned", None, BF16, False, 1024, 4, 8),
+    ("reverse_step with h1", None, BF16, True, 1024, 1, 8),
+    ("q_sample", None, FP32, False, 1024, 4, 4),
+    ("q_sample", None, BF16, False, 1024, 8, 4),
+    ("noise_mse", None, FP32, False, 256, 4, 1),
+    ("noise_mse", None, BF16, False, 256, 8, 1),
+    ("noise_mse", 1024, BF16, True, 1024, 1, 4),
+    ("noise_mse backward", None, BF16, False, 1024, 8, 4),
+    ("noise_mse backward mixed", None, BF16, False, 1024, 4, 4),
+    ("threshold", None, BF16, False, 4096, 4, 16),
+    ("threshold", 1024, BF16, True, 1024, 1, 4),
+    ("rescale", None, FP32, False, 4096, 4, 16),
+    ("rescale", 1024, BF16, True, 1024, 8, 8),
 )
-def test_launches_are_as_stated(monkeypatch, kernel, asked, dtype, last, block, vector, warps):
+
+
+def test_launches_are_as_stated(monkeypatch):
     """Lanes, vectors and warps of a program; multiplications and additions fuse, but not in the threshold's kernels."""
-    x = torch.zeros(2, 4, 64, 64)
-    m = x.to(dtype).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-    recorder = Recorder(monkeypatch)
-    launch(kernel, x, m, asked)
-    assert all(options["enable_fp_fusion"] is (kernel != "threshold") for options in recorder.options)
-    divided = [options for options in recorder.options if "BLOCK" in options]
-    assert {(o["BLOCK"], o["VECTOR"], o["num_warps"], o["FULL"]) for o in divided} == {(block, vector, warps, True)}
+    x, recorder = torch.zeros(2, 4, 64, 64), Recorder(monkeypatch)
+    for kernel, asked, dtype, last, block, vector, warps in LAUNCHES:
+        recorder.options.clear()
+        m = x.to(dtype).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        launch(kernel, x, m, asked)
+        assert all(options["enable_fp_fusion"] is (kernel != "threshold") for options in recorder.options), kernel
+        divided = [options for options in recorder.options if "BLOCK" in options]
+        launched = {(o["BLOCK"], o["VECTOR"], o["num_warps"], o["FULL"]) for o in divided}
+        assert launched == {(block, vector, warps, True)}, kernel
 
 
 def test_large_samples_are_not_one_program(monkeypatch):
