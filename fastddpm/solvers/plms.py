@@ -31,8 +31,8 @@ def plms(
 
     It starts as the PLMS of latent diffusion and of diffusers' PNDMScheduler with ``skip_prk_steps=True`` does: the
     first step is taken, the model evaluated behind it, and the step taken again with the mean of both noises; then the
-    orders 2, 3, 4. So there is a row more than `steps`. (The paper's Runge-Kutta start is not offered: the noises that
-    it leaves to the fifth step lie up to twelve evaluations back.) There is no clip: it would have to bound noise.
+    orders 2, 3, 4. So there is a row more than `steps`. (The paper's Runge-Kutta start is not offered: the fourth step
+    needs noises from four, eight and twelve evaluations before it.) There is no clip: it would have to bound noise.
 
     Args:
         schedule: what the model was trained with.
@@ -68,7 +68,7 @@ def plms(
     if n > 1:
         at, to = np.insert(at, 1, 1), np.insert(to, 1, 1)
         columns = {name: np.insert(column, 1, 0.0) for name, column in columns.items()}
-        _again(columns, levels, gain, kept)
+        _again(columns, levels, gain)
     return step_table(
         levels.t[at],
         c_in=levels.c_in[at],
@@ -81,10 +81,10 @@ def plms(
     )
 
 
-def _again(columns: dict[str, Floats], levels: Levels, gain: Floats, kept: Floats) -> None:
+def _again(columns: dict[str, Floats], levels: Levels, gain: Floats) -> None:
     """Fill in row 1, the first step taken again, and move the rows after it past what that leaves in the history.
 
-    Row 0 left x = kept x_T + gain e_0. With e' predicted there, the step's second result is y - gain / 2 e_0 with
+    Row 0 left x, which has gain e_0 in it. With e' predicted there, the step's second result is y - gain / 2 e_0 with
     y = x + gain / 2 e'; and y, not e', is what row 1 has in place of its "x0".
 
     So row 2 finds e_0 in h2, and row 3 in h3. Row 4 needs it once more and finds y in h3; but its state is a known

@@ -152,6 +152,5 @@ def _corrected(orders: NDArray[np.int64], disabled: Iterable[int], levels: Level
         if isinstance(step, bool) or not isinstance(step, int | np.integer) or not 0 <= step < len(out):
             raise ConfigError(f"disable_corrector has {step!r}; allowed: a list of integers in 0 ... {len(out) - 1}")
         out[step] = 0
-    out[np.isinf(levels.steps)] = 0  # from pure noise there is no slope; behind the last step there is no prediction
-    out[-1] = 0
+    out[np.isinf(levels.steps)] = 0  # no slope leads from pure noise, nor to no noise at all
     return out
