@@ -214,6 +214,10 @@ def test_the_training_schedule_itself_changes_nothing_and_the_ends_are_kept():
     for schedule in (LINEAR, NoiseSchedule.cosine(), LINEAR.rescale_zero_terminal_snr()):
         table = solvers.ddim(schedule, 50, spacing="trailing", prediction_type="v_prediction")
         np.testing.assert_array_equal(solvers.retimed(table, schedule, schedule).rows, table.rows)
+    kept = timesteps(1000, None, "ddim250")  # as a schedule of its own, whose levels differ in their last bits
+    bars = LINEAR.alphas_cumprod[kept[::-1]]
+    short = NoiseSchedule.from_betas(1.0 - bars / np.append(1.0, bars[:-1]))
+    np.testing.assert_array_equal(solvers.retimed(solvers.ddpm(short), short, LINEAR).timesteps, kept)
     cosine = NoiseSchedule.cosine()
     beyond = solvers.retimed(solvers.ddpm(cosine), cosine, LINEAR).timesteps
     assert beyond[0] == 999  # the cosine schedule ends with less signal than any that the model has seen

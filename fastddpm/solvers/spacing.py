@@ -64,7 +64,7 @@ def _respaced(num_train_steps: int, steps: int | None, spacing: Spacing) -> NDAr
         t = _every_kth(num_train_steps, int(spacing[4:]))
     else:
         t = _sections(num_train_steps, _counts(spacing))
-    if steps is not None and (isinstance(steps, bool) or steps != len(t)):
+    if steps is not None and steps != len(t):
         raise ConfigError(f"steps is {steps!r}, but spacing={spacing!r} visits {len(t)}; leave steps out")
     return t[::-1]
 
