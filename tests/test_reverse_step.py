@@ -333,3 +333,14 @@ def test_the_gpu_is_given_adjacent_elements():
 def test_a_memory_layout_that_the_kernel_can_not_read():
     with pytest.raises(ValueError, match="needed: contiguous or channels_last"):
         memory_order(torch.zeros(2, 3, 4, 5).transpose(2, 3))
+
+
+def test_a_single_element():
+    """One sample of one number."""
+    table = random_table(3, history=0, noise=False).float()
+    x, m = fenced(torch.tensor([[0.25]])), fenced(torch.tensor([[-0.5]]))
+    out, at, seeds = Guarded((1, 1)), torch.zeros(1, dtype=torch.int32, device=DEVICE), torch.zeros(1).long().to(DEVICE)
+    launch_reverse_step(x, m, table, at, seeds, at.clone(), out=out.tensor, limited=True, noise=False)
+    exact = reference.reverse_step(x.double(), m.double(), table.double(), at).x
+    assert (out.tensor - exact).abs().max() < 1e-6
+    assert out.intact()

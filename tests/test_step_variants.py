@@ -105,7 +105,9 @@ def check(table, given, *, limited=True, noise=True, learned=False, last=False, 
         size += (c["k_x"] * read["known"]).abs() + (c["k_z"] * known_z).abs()
         noise_error = noise_error + NORMAL_ERROR * c["k_z"].abs()
 
+    before = {name: tensor.clone() for name, tensor in given.items() if name not in HISTORY}
     out, model_input, x0, *moved = launched(table, **given, **flags, noise=noise, last=last, block=block)
+    assert all(torch.equal(given[name], tensor) for name, tensor in before.items())  # only what is an output is written
     bound = 6 * EPS * size + noise_error + store_error(exact.x, torch.float32)
     assert ((out - exact.x).abs() <= bound).all()
     assert ((x0 - exact.x0).abs() <= 6 * EPS * size_x0 + store_error(exact.x0, torch.float32)).all()
