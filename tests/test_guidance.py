@@ -307,6 +307,7 @@ def test_the_scale_and_times_between_the_steps():
     sigma = SCHEDULE.sqrt_one_minus_alphas_cumprod
     made = guided(x, torch.tensor([10, 500]), y=y)
     assert made[:, 0].tolist() == pytest.approx([-2.5 * sigma[10], 5 * sigma[500]], rel=1e-12)
+    assert not x.requires_grad
     between = guided(x, torch.tensor([10.25, 999.0]), y=y)[:, 0]
     log_sigma = np.interp(10.25, np.arange(1000), -0.5 * SCHEDULE.log_snr)
     expected = [-2.5 / math.sqrt(1 + math.exp(-2 * log_sigma)), 5 * sigma[999]]
@@ -342,6 +343,20 @@ def test_guidance_of_the_mean_shifts_it_by_the_variance_times_the_gradient(varia
             reference.reverse_step(x, m(x, times), rows, cursor, learned=table.learned).x for m in (eps_model, guided)
         )
         assert ((moved - plain) - 3.0 * Sigma * (0.3 - x)).abs().max() < 1e-11
+
+
+def test_guidance_of_the_mean_is_of_the_states_gradient_where_the_input_is_scaled():
+    """The classifier sees c_in x; the first row's mean moves by s Sigma d/dx log p(c_in x), the last one's stays."""
+    table = solvers.step_table([5.0, 3.0], c_in=[0.25, 0.5], x0_x=1.0, x0_m=-2.0, x_x0=0.7, x_m=0.2, x_z=[0.6, 0.0])
+    guided = classifier_guided_mean(lambda x, t: x, lambda x, t: x.square().sum(1), table, scale=1.5)
+    x, rows = torch.tensor([[1.0, -2.0]], dtype=torch.float64), torch.tensor(table.with_identity())
+    for i, sigma in ((0, 0.6), (1, 0.0)):
+        at, cursor = rows[i, col.C_IN] * x, torch.tensor([i])
+        plain, moved = (
+            reference.reverse_step(x, m, rows, cursor).x for m in (at, guided(at, rows[i : i + 1, col.T].long()))
+        )
+        gradient = 2 * rows[i, col.C_IN] * at  # by the chain rule
+        assert ((moved - plain) - 1.5 * sigma**2 * gradient).abs().max() < 1e-14
 
 
 def test_classifier_guidance_in_the_sampler():
