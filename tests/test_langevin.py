@@ -157,6 +157,12 @@ def test_start_leaves_out_levels():
     assert rest.init_noise_sigma == pytest.approx(SIGMAS[3])
 
 
+def test_time_inputs_are_whole_unless_told_otherwise():
+    whole, exact = (annealed_langevin(LINEAR, 10, each=1, quantize=q).timesteps for q in (True, False))
+    assert (exact != whole).any()
+    np.testing.assert_array_equal(exact.round(), whole)
+
+
 BAD = {
     "each 0": ({"each": 0}, r"each is 0; allowed: an integer in 1 \.\.\. 100000"),
     "each a float": ({"each": 2.0}, r"each is 2\.0"),

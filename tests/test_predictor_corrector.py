@@ -244,6 +244,12 @@ def test_a_terminal_snr_of_zero_can_be_sampled(predictor):
         predictor_corrector(endless, 20, state="ve", **options)
 
 
+def test_time_inputs_are_whole_unless_told_otherwise():
+    whole, exact = (predictor_corrector(LINEAR, 10, spacing="log_snr", quantize=q).timesteps for q in (True, False))
+    assert (exact != whole).any()
+    np.testing.assert_array_equal(exact.round(), whole)
+
+
 BAD = {
     "predictor": ({"predictor": "euler"}, "predictor is 'euler'; allowed: 'reverse_diffusion', 'ancestral'"),
     "corrector_steps": ({"corrector_steps": -1}, r"corrector_steps is -1; allowed: an integer in 0 \.\.\. 50000"),

@@ -57,7 +57,7 @@ def ddim_inversion(
     return step_table(
         strides.t[::-1],
         x0_x=(1.0 - sigma * eps_x) / alpha,
-        x0_m=-sigma * eps_m / alpha + 0.0,  # + 0.0: no minus zero in the first row
+        x0_m=-sigma * eps_m / alpha,
         x_x0=k_x,
         x_x=k_z * eps_x,
         x_m=k_z * eps_m,
