@@ -105,7 +105,7 @@ def classifier_guided_mean(model: Model, log_prob: LogProb, table: StepTable, sc
 def concatenated(model: Model, mode: str = "bilinear") -> Model:
     """A model that sees a picture beside x, in more channels: super-resolution, colouring, depth to image.
 
-    Saharia et al. 2021, arXiv 2104.07636, section 2.3; the model's input is cat[x, low_res] over the channels.
+    Saharia et al. 2021, arXiv 2104.07636; the model's input is cat[x, low_res] over the channels.
 
         Sampler(concatenated(unet), table).sample((4, 3, 256, 256), seeds=0, model_kwargs={"low_res": small})
 

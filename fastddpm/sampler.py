@@ -119,7 +119,7 @@ class Sampler:
             guidance_rescale: phi in 0 ... 1, a number or one a sample: how far the deviation of the guided output is
                 brought back to that of m_c (Lin et al. 2023, arXiv 2305.08891, eq. 15-16; 0.7 there).
             guidance_interval: (low, high): guidance only where low < sigma / alpha <= high, and w = 1 elsewhere
-                (Kynkaanniemi et al. 2024, arXiv 2404.07724, eq. 5).
+                (Kynkaanniemi et al. 2024, arXiv 2404.07724).
             known, mask: for inpainting: x_0 where the mask (bool) is True; both [B, ...] or broadcast to it. There the
                 state is the known sample, noised as the level asks for (Lugmayr et al. 2022, eq. 8a), with noise of
                 stream 3. Mind that a solver with history looks back at what it predicted there.

@@ -69,7 +69,7 @@ def image_to_image(
 ) -> Tensor:
     """SDEdit: the picture is noised up to where the sampler's table starts, and denoised from there.
 
-    Meng et al. 2021, arXiv 2108.01073, algorithm 1. What the noise hides is made anew, as the model would have it; the
+    Meng et al. 2021, arXiv 2108.01073. What the noise hides is made anew, as the model would have it; the
     rest stays.
 
         table = solvers.ddim(schedule, 50, start=skipped(50, strength=0.6))
