@@ -24,7 +24,7 @@ def deis(
     quantize: bool = True,
     start: int = 0,
 ) -> StepTable:
-    """The table of log-rho DEIS (tAB in log rho, section 3.3 and appendix H.2; eq. 14 and 15): deterministic.
+    """The table of multistep DEIS (eq. 14 and 15) with rho = sigma / alpha for time (section 4), in log rho.
 
     The predicted noise is extrapolated by a polynomial in log(sigma / alpha) through the last `order` predictions, and
     the flow's linear part is taken exactly. Order 1 is DDIM. There is no clip: it would have to bound noise.
