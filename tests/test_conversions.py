@@ -35,6 +35,7 @@ def test_each_prediction_gives_each_other(scales, pair):
     known = perfect(x, *scales)
     out = convert(known[pair[0]], x, *scales, given=pair[0], wanted=pair[1])
     np.testing.assert_allclose(out, known[pair[1]], rtol=1e-13, atol=1e-14)
+    assert (out is known[pair[0]]) == (pair[0] == pair[1])
 
 
 @pytest.mark.parametrize("pair", list(itertools.permutations(KINDS, 2)), ids=" to ".join)

@@ -175,7 +175,7 @@ BAD = {
     "denoise": ({"denoise": 1}, "denoise is 1; allowed: True or False"),
     "steps": ({"steps": 0}, "steps is 0"),
     "start": ({"start": 10}, r"start is 10; allowed: an integer in 0 \.\.\. 9"),
-    "prediction_type": ({"prediction_type": "v_prediction"}, "prediction_type is 'v_prediction'; allowed here: 'edm'"),
+    "prediction_type": ({"prediction_type": "v_prediction"}, "prediction_type is 'v_prediction'; allowed: 'edm'"),
     "clip": ({"clip": 0.0}, r"clip is 0\.0"),
     "ratio": ({"dynamic_thresholding_ratio": 2.0, "clip": 1.0}, r"dynamic_thresholding_ratio is 2\.0"),
     "spacing": ({"spacing": "leading"}, "spacing is 'leading'; allowed with an EDMSchedule"),

@@ -260,7 +260,7 @@ BAD = {
     "state": ({"state": "sub-vp"}, "state is 'sub-vp'; allowed: 'vp', 've'"),
     "steps": ({"steps": 1001}, "steps is 1001"),
     "start": ({"start": 20}, r"start is 20; allowed: an integer in 0 \.\.\. 19"),
-    "prediction_type": ({"prediction_type": "edm"}, "prediction_type is 'edm'; allowed here: 'epsilon'"),
+    "prediction_type": ({"prediction_type": "edm"}, "prediction_type is 'edm'; allowed: 'epsilon'"),
     "clip": ({"clip": -1.0}, r"clip is -1\.0"),
     "spacing": ({"spacing": "even"}, "spacing is 'even'; allowed"),
 }

@@ -111,7 +111,7 @@ def score_levels(
     edm = isinstance(schedule, EDMSchedule)
     allowed = ("edm", "sample", "epsilon", "score") if edm else (*PREDICTION_TYPES, "score")
     if prediction_type not in allowed:
-        raise ConfigError(f"prediction_type is {prediction_type!r}; allowed here: {', '.join(map(repr, allowed))}")
+        raise ConfigError(f"prediction_type is {prediction_type!r}; allowed: {', '.join(map(repr, allowed))}")
     own = prediction_type == "score" or (edm and prediction_type == "epsilon")
     asked = ("sample" if edm else "epsilon") if own else prediction_type
     levels = Levels.of(
