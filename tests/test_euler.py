@@ -33,7 +33,7 @@ PEER_SPACINGS = {
 }
 CHURNS = [
     {},
-    {"s_churn": 4.0},
+    {"s_churn": 4.0, "s_noise": 1.02},  # from the first level on
     {"s_churn": 40.0, "s_tmin": 0.05, "s_tmax": 50.0, "s_noise": 1.007},  # gamma at its bound, and 0 at both ends
 ]
 EDM = EDMSchedule()
@@ -173,7 +173,11 @@ def test_the_noise_of_churn_is_that_which_algorithm_2_adds(churn, state):
 
 def test_churn_has_the_bounds_of_s_tmin_and_s_tmax_in_it():
     sigma = np.append(80.0, euler(EDM, 5, prediction_type="edm")["k_z"])
-    table = euler(EDM, 5, prediction_type="edm", s_churn=1, s_tmin=float(sigma[3]), s_tmax=80.0)
+    within = {
+        "s_tmin": float(np.nextafter(sigma[3], np.inf)),
+        "s_tmax": float(np.nextafter(80.0, 0.0)),
+    }  # but for rounding
+    table = euler(EDM, 5, prediction_type="edm", s_churn=1, **within)
     lifted = np.append(table.start[1], table["k_z"])[:5] / sigma[:5]
     np.testing.assert_allclose(lifted, [1.2, 1.2, 1.2, 1.2, 1.0], rtol=1e-12)
 
@@ -318,7 +322,7 @@ def test_eta_is_a_number_in_0_to_1(eta):
 def test_building_a_table_of_1000_rows_takes_less_than_10_ms():
     for build in (euler, euler_ancestral):
         build(LINEAR)
-        begun = time.perf_counter()
+        begun = time.process_time()
         for _ in range(5):
             build(LINEAR)
-        assert (time.perf_counter() - begun) / 5 < 0.01
+        assert (time.process_time() - begun) / 5 < 0.01

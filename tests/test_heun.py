@@ -167,7 +167,7 @@ def test_options_are_refused_in_one_line(build):
 @pytest.mark.parametrize("build", [heun, dpm2])
 def test_building_a_table_of_1999_rows_takes_less_than_10_ms(build):
     build(LINEAR)
-    begun = time.perf_counter()
+    begun = time.process_time()
     for _ in range(5):
         build(LINEAR)
-    assert (time.perf_counter() - begun) / 5 < 0.01
+    assert (time.process_time() - begun) / 5 < 0.01

@@ -131,8 +131,8 @@ def test_options_are_refused_in_one_line(build, options, message):
 
 
 def test_building_a_table_takes_less_than_10_ms():
-    begun = time.perf_counter()
+    begun = time.process_time()
     for _ in range(5):
         lcm(LATENT, 1000, original_inference_steps=1000)
         consistency(EDM, 1000, num_scales=1000)
-    assert (time.perf_counter() - begun) / 10 < 0.01
+    assert (time.process_time() - begun) / 10 < 0.01

@@ -28,7 +28,7 @@ class Churned:
 
     Attributes:
         log_sigma: log(sigma / alpha) where step i starts, the noise added, and behind the last step, float64 [n + 1].
-        log_kept: what `log_sigma` was before that noise, less what it is now; 0 where none was added, [n + 1].
+        log_kept: what `log_sigma` was before that noise, less what it is now, [n + 1]; 0 where none was added.
         s_noise: the added noise's scale is multiplied by this.
         schedule, prediction_type, state, quantize: as in `Levels.of`.
     """
@@ -89,7 +89,6 @@ class Churned:
         # sigma_down^2 = sigma'^2 (1 - eta^2 (1 - sigma'^2 / sigma^2))
         with np.errstate(divide="ignore"):
             down = 0.5 * np.log1p(eta**2 * np.expm1(2 * (log_sigma[1:] - log_sigma[:-1] - lift[:-1])))
-        down[log_sigma[1:] == -np.inf] = 0.0  # there is no noise to replace
         log_kept = np.append(0.0, down) - lift
         return cls(log_sigma + lift, log_kept, float(s_noise), schedule, prediction_type, state, quantize)
 
