@@ -94,14 +94,18 @@ class SchedulerConfig:
     def table(self, solver: str, steps: int | None = None, **options: object) -> StepTable:
         """The table of `solver` for this model; `options` go before what the config says.
 
-        What the config says and the solver has no option for (a clip of x_0, where it extrapolates noise) is left out.
+        What the config says and the solver has no option for (a clip of x_0, where it extrapolates noise) is left out;
+        and its spacing, which was chosen for ddpm and ddim, where the solver has another one by default.
         Where x_0 is clipped, ddim takes the noise that agrees with it (``use_clipped_model_output=True``): with the
         default of `solvers.ddim` and diffusers a model that is often clipped gives grey pictures.
 
         Raises `ConfigError` as `solvers.make` does, or where `solver` has not the model's variance.
         """
         known = solvers.options(solver)
-        given = {**{name: value for name, value in self.options.items() if name in known}, **options}
+        usual = {name: value for name, value in self.options.items() if name in known}
+        if known.get("spacing") != "leading":
+            usual.pop("spacing", None)
+        given = {**usual, **options}
         if "variance" in known and "variance" not in given:
             kind = self.variance_type
             if not isinstance(kind, str) or kind not in _VARIANCES:

@@ -184,17 +184,12 @@ class Sampler:
 
     def _steps(self, buffers: Buffers, predicted: Tensor, progress: bool) -> Iterator[TraceStep]:
         """The generator of `trace`, which has checked its arguments when it was called."""
-        alpha, sigma = self.table.start  # of the state before the step
         with self._bar(progress, 1, 1) as bar:
-            for i, t in enumerate(self.table.timesteps):
+            for i, (t, (of_x, of_x0)) in enumerate(zip(self.table.timesteps, self.table.predicted, strict=True)):
                 with torch.inference_mode(False), torch.no_grad():
-                    x0 = buffers.x.clone()
+                    before = buffers.x.clone()
                     self._step(buffers)
-                    if self.table.history_of == "epsilon":  # what is predicted there is the noise
-                        x0.sub_(predicted, alpha=sigma).div_(alpha)
-                    else:
-                        x0 = predicted.clone()
-                alpha, sigma = self.table["k_x"][i], self.table["k_z"][i]
+                    x0 = predicted.clone() if of_x == 0 else before.mul_(of_x).add_(predicted, alpha=of_x0)
                 bar.update()
                 yield TraceStep(i, float(t), buffers.x.clone(), x0)
         self._finite(buffers.x, buffers.nonfinite)
@@ -303,6 +298,8 @@ class Sampler:
         given = Inputs.of(self.table, shape, seeds, **conditions)
         if hasattr(self.model, "check_shape"):
             self.model.check_shape(given.shape[1:])
+        if given.x_T is None and self.table.start[1] == 0:
+            raise InputError("this solver starts from a picture, not from noise; give the picture as x_T")
         device = self._device(given.x_T)
         if device.type == "cuda" and not torch.cuda.is_available():
             raise DeviceError("the device is cuda, but torch finds no NVIDIA GPU; use device='cpu'")

@@ -78,7 +78,13 @@ TESTS = {  # a module's tests: the quickest to kill first, then whole files; wha
     "threshold": ["test_threshold", "test_survivors", "test_far"],
     "guidance_rescale": ["test_guidance_rescale", "test_survivors", "test_far"],
 }
-WITHOUT_KERNELS = ("test_bad_", "test_gradient", "test_a_training_step_compiles", "test_no_two_draws", "test_tails_reach")
+WITHOUT_KERNELS = (
+    "test_bad_",
+    "test_gradient",
+    "test_a_training_step_compiles",
+    "test_no_two_draws",
+    "test_tails_reach",
+)
 
 
 def cases(name: str, thorough: bool) -> Iterator[tuple[str, str, Callable[[], None]]]:

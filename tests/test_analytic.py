@@ -125,3 +125,23 @@ def test_a_distribution_that_is_off_is_seen():
     real = [MIXTURE.sample(n, seed) for seed in range(1, 9)]
     apart = max(sliced_wasserstein(a, b) for i, a in enumerate(real) for b in real[:i])
     assert sliced_wasserstein(x, real[0]) > apart
+
+
+@pytest.mark.parametrize(
+    "solver", [name for name in solvers.names() if name not in ("ddim_inversion", "consistency", "annealed_langevin")]
+)
+def test_a_trace_shows_what_the_perfect_model_says_of_each_state(solver):
+    """x0 of a trace is the prediction at the state and level that the step found, whatever the table calls x0."""
+    takes = solvers.options(solver)
+    options = {"quantize": False} if "quantize" in takes else {}
+    options |= {"lcm": {"timestep_scaling": 1e4}, "repaint": {"jump_length": 3}}.get(
+        solver, {}
+    )  # c_skip of lcm is 0 then
+    table = solvers.make(solver, LINEAR, 8, **options)
+    x = torch.randn(5, 2, dtype=torch.float64) * table.init_noise_sigma
+    sampler = Sampler(MIXTURE.model(LINEAR), table, state_dtype=torch.float64)
+    for step, state in enumerate(sampler.trace((5, 2), seeds=0, x_T=x)):
+        alpha, sigma = (torch.tensor([[v]]) for v in table.levels[step])
+        expected = MIXTURE.predicted_x0(x, alpha, sigma)
+        assert (state.x0 - expected).abs().max() < 1e-6, step
+        x = state.x

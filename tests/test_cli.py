@@ -154,6 +154,9 @@ def test_json_is_one_object_with_all_that_is_said(models, here):
         "num": 4,
         "solver": "ddim",
         "steps": 5,
+        "evaluations": 5,
+        "options": {"eta": 0.5},
+        "guidance": None,
         "seed": 0,
         "class": 2,
         "weights": str(models / "classes"),
@@ -372,6 +375,84 @@ def test_python_callers_get_exceptions_and_progress(models, here, capsys):
     assert "sampling: 100%" in capsys.readouterr().err
 
 
+# ---- the solver's options, and guidance ------------------------------------------------------------------------------
+
+
+def test_options_of_the_solver_are_passed_on(models, here):
+    facts = json.loads(
+        sample(models, "--solver", "dpm_solver", "--set", "order=3", "--set", "spacing=karras", "--json").stdout
+    )
+    assert (facts["solver"], facts["options"]) == ("dpm_solver", {"order": 3, "spacing": "karras"})
+    assert Image.open("samples.png").text["options"] == "order=3 spacing=karras"
+    table = sampling.SchedulerConfig.from_folder(models / "classes").table("dpm_solver", 5, order=3, spacing="karras")
+    expected = fastddpm.Sampler(fastddpm.UNet.from_pretrained(models / "classes"), table).sample(
+        (4, 1, 8, 8), seeds=0, model_kwargs={"class_labels": torch.tensor([0, 1, 2, 0])}
+    )
+    ours = np.array(tiles("samples.png", 4, 2)).astype(int)
+    assert np.abs(ours - pictures.to_uint8(expected)[..., 0]).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("3", 3),
+        ("0.5", 0.5),
+        ("true", True),
+        ("None", None),
+        ("[10,20]", [10, 20]),
+        ("karras", "karras"),
+        ("1,2", "1,2"),
+    ],
+)
+def test_what_a_setting_means(text, value):
+    assert Request(settings=(f"name={text}",)).solver_options == {"name": value}
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("--set", "order"), "--set is 'order'; needed: NAME=VALUE"),
+        (("--set", "eta=1", "--eta", "1"), "--set gives eta a second time"),
+        (("--set", "ordr=1"), "solver ddim has no option 'ordr'"),
+        (("--guidance", "nan"), "--guidance is nan; allowed: a number"),
+        (("--solver", "ddim_inversion"), "starts from a picture"),
+    ],
+)
+def test_bad_settings_are_one_line(models, here, arguments, words):
+    done = sample(models, *arguments)
+    assert done.exit_code == 2
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_guidance_moves_pictures_towards_their_class(models, here):
+    sample(models, "--guidance", 1, "--out", "one.png")
+    sample(models, "--out", "none.png")
+    sample(models, "--guidance", 3, "--out", "three.png", "--trace", "film.png")
+    one, none, three = (np.array(Image.open(f"{name}.png")).astype(int) for name in ("one", "none", "three"))
+    assert (one == none).all()
+    assert (one != three).any()
+    unet = fastddpm.UNet.from_pretrained(models / "classes")
+    expected = fastddpm.Sampler(unet, sampling.SchedulerConfig.from_folder(models / "classes").table("ddim", 5)).sample(
+        (4, 1, 8, 8),
+        seeds=0,
+        model_kwargs={"class_labels": torch.tensor([0, 1, 2, 0])},
+        guidance_scale=3.0,
+        unconditional_kwargs={"class_labels": CLASSES},
+    )
+    ours = np.array(tiles("three.png", 4, 2)).astype(int)
+    assert np.abs(ours - pictures.to_uint8(expected)[..., 0]).max() <= 3  # guidance makes more of the roundings
+    assert Image.open("three.png").text["guidance"] == "3.0"
+
+
+def test_guidance_needs_a_model_that_knows_no_class(models, here):
+    for name in ("foreign-classes", "colour"):
+        done = call("sample", "--weights", models / name, "--steps", 2, "--guidance", 2)
+        assert done.exit_code == 2
+        assert "was not trained without a class" in done.stderr
+    assert not list(here.glob("*.png"))
+
+
 # ---- help and info ---------------------------------------------------------------------------------------------------
 
 
@@ -379,15 +460,24 @@ def test_help_is_there_for_every_command_and_every_option():
     top = call("--help")
     assert top.exit_code == 0
     assert call().stdout == top.stdout
-    for name in ("sample", "train", "info"):
+    for name in ("sample", "train", "solvers", "info"):
         assert f"\n  {name} " in top.stdout
         assert call(name, "--help").exit_code == 0
-    for command in (cli.sample, cli.info, cli.main):
+    for command in (cli.sample, cli.solvers, cli.info, cli.main):
         for option in command.params:
             assert option.help, option.name
-    shown = call("sample", "-h").stdout
-    assert all(name in shown for name in solvers.names())
+    assert "fastddpm solvers" in call("sample", "-h").stdout
     assert call("--version").stdout == f"fastddpm {fastddpm.__version__}\n"
+
+
+def test_the_solvers_are_listed_with_their_options():
+    shown = call("solvers").stdout
+    for name in solvers.names():
+        assert f"\n{name}: " in f"\n{shown}"
+    assert "    order=2 algorithm=dpmsolver++ solver_type=midpoint eta=1.0 " in shown
+    listed = json.loads(call("solvers", "--json").stdout)
+    assert tuple(listed) == solvers.names()
+    assert listed["heun"]["s_tmax"] == float("inf")
 
 
 def test_an_unknown_command_is_one_line():

@@ -32,3 +32,15 @@ def test_the_list_does_not_rot(tmp_path):
     made = run("--module", "lanes", "--only", "no such text", "--list", tmp_path / "list.md")
     assert made.returncode == 1
     assert made.stdout == "listed, but there is no such mutant any more:\nlanes.program: a  =>  b\n"
+
+
+def test_the_list_in_the_docs_is_of_mutants_that_are_there():
+    made = run("--only", "no such text")
+    assert (made.returncode, made.stdout) == (0, "")
+
+
+def test_a_sample_is_killed():
+    """24 that are not listed; the whole run takes over an hour."""
+    made = run("--sample", 24)
+    assert made.returncode == 0, made.stdout
+    assert "100.0% of those not listed" in made.stdout, made.stdout

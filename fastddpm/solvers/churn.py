@@ -145,7 +145,7 @@ class Churned:
 
     def _levels(self, log_sigma: Floats) -> Levels:
         if isinstance(self.schedule, EDMSchedule):
-            return Levels._edm(self.schedule, log_sigma, self.prediction_type)
+            return Levels.at_edm(self.schedule, log_sigma, self.prediction_type)
         t = times_of(self.schedule, log_sigma[:-1])  # above the schedule's greatest noise: the last time step
         t = t.round() if self.quantize else t
         return Levels.at(log_sigma, t, prediction_type=self.prediction_type, state=self.state)

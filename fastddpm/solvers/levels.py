@@ -16,12 +16,12 @@ from numpy.typing import ArrayLike, NDArray
 from ..edm import EDMSchedule
 from ..errors import ConfigError
 from ..schedule import NoiseSchedule
-from .spacing import timesteps
+from .spacing import SPACINGS, Spacing, check_start, timesteps
 from .strides import PREDICTION_TYPES
 
 Floats = NDArray[np.float64]
 
-SPACINGS = ("leading", "linspace", "trailing", "karras", "log_snr")
+BY_LEVEL = ("karras", "log_snr")
 STATES = ("vp", "ve")
 FINAL_SIGMAS = ("zero", "sigma_min")
 RHO = 7.0  # EDM, table 1
@@ -68,7 +68,7 @@ class Levels:
         schedule: NoiseSchedule | EDMSchedule,
         steps: int | None,
         *,
-        spacing: str,
+        spacing: Spacing,
         prediction_type: str,
         state: str = "vp",
         final_sigma: str = "zero",
@@ -81,7 +81,7 @@ class Levels:
         Args:
             schedule: what the model was trained with; an `EDMSchedule` has its own scaling and time input.
             steps: how many; None: all time steps of a `NoiseSchedule`, 18 of an `EDMSchedule` (EDM, table 1).
-            spacing: by time step "leading", "linspace", "trailing" (see `spacing.timesteps`); or by noise level from
+            spacing: by time step as `spacing.timesteps` has it ("leading", "10,10,20" ...); or by noise level from
                 the schedule's greatest to its least: "karras" (EDM, eq. 5, rho = 7), "log_snr" (evenly in lambda;
                 DPM-Solver, section 3.4; "exponential" elsewhere). An `EDMSchedule` has the latter two.
             prediction_type: "epsilon", "v_prediction" or "sample"; "edm" or "sample" for an `EDMSchedule`.
@@ -96,11 +96,7 @@ class Levels:
         Raises:
             ConfigError: for a value that is not among these.
         """
-        for name, value, allowed in (
-            ("spacing", spacing, SPACINGS),
-            ("state", state, STATES),
-            ("final_sigma", final_sigma, FINAL_SIGMAS),
-        ):
+        for name, value, allowed in (("state", state, STATES), ("final_sigma", final_sigma, FINAL_SIGMAS)):
             if value not in allowed:
                 raise ConfigError(f"{name} is {value!r}; allowed: {', '.join(map(repr, allowed))}")
         if isinstance(schedule, EDMSchedule):
@@ -109,21 +105,20 @@ class Levels:
         else:
             train = -0.5 * schedule.log_snr  # log of sigma / alpha at each time step, rising
             least = train[0]
-            if spacing in ("karras", "log_snr"):
+            if isinstance(spacing, str) and spacing in BY_LEVEL:
                 log_sigma = _log_sigmas((train[0], train[-1]), _count(steps, schedule.num_steps), spacing)
                 t = times_of(schedule, log_sigma)
                 t = t.round() if quantize else t
             else:
-                t = _times(schedule.num_steps, steps, spacing, skip_last).astype(np.float64)
+                t = _times(schedule.num_steps, steps, _checked(spacing), skip_last).astype(np.float64)
                 log_sigma = train[t.astype(np.int64)]
-        if isinstance(start, bool) or not isinstance(start, int | np.integer) or not 0 <= start < len(log_sigma):
-            raise ConfigError(f"start is {start!r}; allowed: an integer in 0 ... {len(log_sigma) - 1}")
+        start = check_start(start, len(log_sigma))
         log_end = -np.inf if final_sigma == "zero" else least
         if log_end >= log_sigma[-1]:
             raise ConfigError(f'final_sigma="sigma_min" is the last level itself with spacing={spacing!r}; use "zero"')
         log_sigma = np.append(log_sigma[start:], log_end)
         if isinstance(schedule, EDMSchedule):
-            return cls._edm(schedule, log_sigma, prediction_type)
+            return cls.at_edm(schedule, log_sigma, prediction_type)
         return cls.at(log_sigma, t[start:], prediction_type=prediction_type, state=state)
 
     @classmethod
@@ -153,8 +148,12 @@ class Levels:
         )
 
     @classmethod
-    def _edm(cls, schedule: EDMSchedule, log_sigma: Floats, prediction_type: str) -> Levels:
-        """EDM, table 1: D(x; sigma) = c_skip x + c_out F(c_in x; c_noise)."""
+    def at_edm(cls, schedule: EDMSchedule, log_sigma: Floats, prediction_type: str) -> Levels:
+        """The levels with given log sigma, [n + 1], of an EDM network (EDM, table 1).
+
+        D(x; sigma) = c_skip x + c_out F(c_in x; c_noise) with ``prediction_type="edm"``; "sample" is D itself.
+        Raises `ConfigError` for another type.
+        """
         sigma = np.exp(log_sigma)
         now, data = sigma[:-1], schedule.sigma_data
         if prediction_type == "edm":
@@ -186,8 +185,8 @@ def times_of(schedule: NoiseSchedule, log_sigma: ArrayLike) -> Floats:
     return t
 
 
-def _times(num_train_steps: int, steps: int | None, spacing: str, skip_last: bool) -> NDArray[np.int64]:
-    if not skip_last or spacing == "trailing":
+def _times(num_train_steps: int, steps: int | None, spacing: Spacing, skip_last: bool) -> NDArray[np.int64]:
+    if not skip_last or not isinstance(spacing, str) or spacing not in ("leading", "linspace"):
         return timesteps(num_train_steps, steps, spacing)
     if steps is None or steps == num_train_steps:
         steps = num_train_steps - 1  # all but t = 0
@@ -199,6 +198,14 @@ def _times(num_train_steps: int, steps: int | None, spacing: str, skip_last: boo
     return timesteps(num_train_steps, int(steps) + 1, spacing)[:-1]
 
 
+def _checked(spacing: Spacing) -> Spacing:
+    """`spacing`; `ConfigError` for a word that is no spacing, with those by level among the allowed."""
+    if isinstance(spacing, str) and spacing.isalpha() and spacing not in SPACINGS:
+        allowed = ", ".join(map(repr, (*SPACINGS, *BY_LEVEL)))
+        raise ConfigError(f"spacing is {spacing!r}; allowed: {allowed}, or sections as '10,10,20' or 'ddim50'")
+    return spacing
+
+
 def _count(steps: int | None, default: int) -> int:
     steps = default if steps is None else steps
     if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or not 1 <= steps <= 1_000_000:
@@ -206,7 +213,7 @@ def _count(steps: int | None, default: int) -> int:
     return int(steps)
 
 
-def _log_sigmas(ends: tuple[float, float], n: int, spacing: str) -> Floats:
+def _log_sigmas(ends: tuple[float, float], n: int, spacing: Spacing) -> Floats:
     """log sigma of n levels from the greatest to the least; `ends` are (least, greatest)."""
     least, greatest = ends
     if not np.isfinite(greatest):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from ..edm import EDMSchedule
@@ -69,7 +71,7 @@ def plms(
         at, to = np.insert(at, 1, 1), np.insert(to, 1, 1)
         columns = {name: np.insert(column, 1, 0.0) for name, column in columns.items()}
         _again(columns, levels, gain)
-    return step_table(
+    table = step_table(
         levels.t[at],
         c_in=levels.c_in[at],
         **columns,
@@ -79,6 +81,12 @@ def plms(
         init_noise_sigma=levels.init_noise_sigma,
         history_of="epsilon",
     )
+    if n == 1:
+        return table
+    predicted = np.array(table.predicted)
+    from_noise = predicted[1, 1] * 2 / gain[0]  # row 1 has y = x + gain / 2 e' in place of e'
+    predicted[1] += [-from_noise, from_noise - predicted[1, 1]]
+    return replace(table, predicted=predicted)
 
 
 def _again(columns: dict[str, Floats], levels: Levels, gain: Floats) -> None:

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Literal
 
 import numpy as np
-from fastddpm_kernels.columns import ADVANCE, C_IN, CLIP, COLUMNS, RATIO, S_0, S_V, STEP, X_M, X_X, X_Z, T
+from fastddpm_kernels.columns import ADVANCE, C_IN, CLIP, COLUMNS, K_X, K_Z, RATIO, S_0, S_V, STEP, X_M, X_X, X_Z, T
 from numpy.typing import ArrayLike, NDArray
 
 from ..errors import ConfigError
@@ -28,6 +28,8 @@ class StepTable:
         init_noise_sigma: what standard normal noise is scaled with to start from it.
         history_of: what "x0" is in the rows' formulas, and so what they look back at: "sample", the predicted x_0, or
             "epsilon", the predicted noise (where it is a combination of noises that a solver extrapolates).
+        predicted: float64 [num_rows, 2], read-only: the predicted x_0 as a combination of the state before the row and
+            of the row's "x0"; (0, 1) where that is it. By default as `history_of` says.
 
     Raises:
         ConfigError: where a value isn't finite in float32 (`clip` may be infinite), `clip` isn't positive, `step`
@@ -38,6 +40,7 @@ class StepTable:
     start: tuple[float, float] = (0.0, 1.0)
     init_noise_sigma: float = 1.0
     history_of: Literal["sample", "epsilon"] = "sample"
+    predicted: Floats = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         rows = np.array(self.rows, dtype=np.float64)
@@ -65,6 +68,21 @@ class StepTable:
             raise ConfigError("this solver looks back at predicted noise, which can't be clipped; use clip=None")
         rows.flags.writeable = False
         object.__setattr__(self, "rows", rows)
+        predicted = self._predicted() if self.predicted is None else np.array(self.predicted, dtype=np.float64)
+        predicted.flags.writeable = False
+        object.__setattr__(self, "predicted", predicted)
+
+    def _predicted(self) -> Floats:
+        """x_0 from x and "x0": itself, or (x - sigma eps) / alpha."""
+        if self.history_of == "sample":
+            return np.tile([0.0, 1.0], (self.num_rows, 1))
+        levels = self.levels[:-1]
+        return np.stack([1 / levels[:, 0], -levels[:, 1] / levels[:, 0]], axis=1)
+
+    @cached_property
+    def levels(self) -> Floats:
+        """(alpha, sigma) of the state before each row and behind the last, [num_rows + 1, 2]."""
+        return np.vstack([self.start, self.rows[:, [K_X, K_Z]]])
 
     def __repr__(self) -> str:
         kind = "stochastic" if self.stochastic else "deterministic"
