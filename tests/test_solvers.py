@@ -1,5 +1,6 @@
 """Step tables against the papers' formulas in long double, diffusers' trajectories, and closed forms."""
 
+import contextlib
 import itertools
 import math
 import time
@@ -24,6 +25,7 @@ from fastddpm.solvers.spacing import timesteps
 LINEAR = NoiseSchedule.linear()
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 SPACINGS = ("leading", "linspace", "trailing")
+OF_A_SCHEDULE = [name for name in solvers.names() if name != "consistency"]  # which is of EDM's schedule alone
 
 
 # ---- coefficients against long double -------------------------------------------------------------------------------
@@ -356,15 +358,32 @@ def test_ddim_takes_a_gaussian_to_its_own_spread():
     assert abs(math.sqrt(variance[-1]) - 0.5) < 0.005
 
 
-@pytest.mark.parametrize("name", solvers.names())
+@pytest.mark.parametrize("name", OF_A_SCHEDULE)
 def test_the_prediction_types_are_the_same_sampler(name, start):
-    x, noise = start[0], start[1][:40]
+    usual = {"spacing": "trailing", "clip": 0.6, "quantize": False, "each": 2}
+    options = {option: value for option, value in usual.items() if option in solvers.options(name)}
     ends = []
     for prediction in PREDICTIONS:
-        table = solvers.make(name, LINEAR, 40, prediction_type=prediction, clip=0.6)
-        ends.append(run(table, gaussian_model(LINEAR, 0.4, 0.25, prediction), x, noise))
-    np.testing.assert_allclose(ends[1], ends[0], rtol=0, atol=1e-9)
-    np.testing.assert_allclose(ends[2], ends[0], rtol=0, atol=1e-9)
+        table = solvers.make(name, LINEAR, 40, prediction_type=prediction, **options)
+        noise = list(itertools.islice(itertools.cycle(start[1]), table.num_rows))
+        ends.append(run(table, continuous_gaussian_model(0.4, 0.25, prediction), start[0], noise))
+    scale = np.abs(ends[0]).max()
+    np.testing.assert_allclose(ends[1], ends[0], rtol=0, atol=1e-9 * scale)
+    np.testing.assert_allclose(ends[2], ends[0], rtol=0, atol=1e-9 * scale)
+
+
+def continuous_gaussian_model(mean, variance, prediction):
+    """`gaussian_model` of LINEAR with time steps in between, as dpm2 and the inversion have them."""
+
+    def model(x, t):
+        log_snr = np.interp(t, np.arange(1000), LINEAR.log_snr)
+        bar = 1 / (1 + np.exp(-log_snr))
+        noise = 1 / (1 + np.exp(log_snr))
+        eps = np.sqrt(noise) * (x - np.sqrt(bar) * mean) / (bar * variance + noise)
+        x0 = (x - np.sqrt(noise) * eps) / np.sqrt(bar)
+        return {"epsilon": eps, "sample": x0, "v_prediction": np.sqrt(bar) * eps - np.sqrt(noise) * x0}[prediction]
+
+    return model
 
 
 def test_ddim_with_eta_1_is_ddpm_where_nothing_is_clipped(start):
@@ -404,7 +423,7 @@ def test_the_last_row_returns_x0_and_adds_no_noise(data, prediction, spacing, nu
 @pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
 def test_zero_terminal_snr_can_be_sampled_but_not_with_epsilon(prediction, start):
     schedule = LINEAR.rescale_zero_terminal_snr()
-    for name in solvers.names():
+    for name in ("ddpm", "ddim", "dpm_solver", "unipc"):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             table = solvers.make(name, schedule, 50, prediction_type=prediction, spacing="trailing")
@@ -416,14 +435,35 @@ def test_zero_terminal_snr_can_be_sampled_but_not_with_epsilon(prediction, start
         solvers.make(name, schedule, 50, spacing="leading")  # does not visit the last time step
 
 
-def test_building_a_table_of_1000_rows_takes_less_than_10_ms():
-    for build in (solvers.ddpm, solvers.ddim):
-        times = []
-        for _ in range(5):
-            start = time.perf_counter()
-            build(NoiseSchedule.linear())
-            times.append(time.perf_counter() - start)
-        assert min(times) < 0.010
+@pytest.mark.parametrize("name", OF_A_SCHEDULE)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_at_a_terminal_snr_of_zero_a_solver_is_finite_or_says_that_it_is_not_for_it(name, prediction, start):
+    schedule = LINEAR.rescale_zero_terminal_snr()
+    for state in ("vp", "ve") if "state" in solvers.options(name) else (None,):
+        options = {"prediction_type": prediction, **({"state": state} if state else {})}
+        options |= {"spacing": "trailing"} if "spacing" in solvers.options(name) else {}
+        table = None
+        with warnings.catch_warnings(), contextlib.suppress(ConfigError):
+            warnings.simplefilter("error")
+            table = solvers.make(name, schedule, 20, **options)
+        if table is None:
+            with pytest.raises(ConfigError, match="SNR"):
+                solvers.make(name, schedule, 20, **options)
+            continue
+        assert prediction != "epsilon" or table["t"][0] != 999  # lcm and the inversion don't begin there
+        noise = itertools.repeat(start[1][0], table.num_rows)
+        assert np.isfinite(run(table, gaussian_model(schedule, 0.4, 0.25, prediction), start[0], list(noise))).all()
+
+
+@pytest.mark.parametrize("name", OF_A_SCHEDULE)
+def test_building_a_table_of_1000_rows_takes_less_than_10_ms(name):
+    options = {"each": 1} if name == "annealed_langevin" else {}
+    times = []
+    for _ in range(5):
+        start = time.process_time()
+        solvers.make(name, NoiseSchedule.linear(), 50 if name == "lcm" else 990, **options)
+        times.append(time.process_time() - start)
+    assert min(times) < 0.010
 
 
 # ---- the table itself ------------------------------------------------------------------------------------------------
@@ -485,7 +525,7 @@ def test_a_wrong_table_is_refused(name):
 
 
 BAD_OPTIONS = {
-    "steps = 0": ({"steps": 0}, r"steps is 0; allowed: an integer in 1 \.\.\. 1000"),
+    "steps = 0": ({"steps": 0}, r"steps is 0; allowed: an integer in 1 \.\.\. (1000|999|50)"),
     "steps > T": ({"steps": 1001}, "steps is 1001"),
     "steps < 0": ({"steps": -1}, "steps is -1"),
     "steps a bool": ({"steps": True}, "steps is True"),
@@ -501,11 +541,19 @@ BAD_OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("solver", solvers.names())
-@pytest.mark.parametrize("name", BAD_OPTIONS)
+@pytest.mark.parametrize(
+    "solver, name",
+    [
+        (solver, name)
+        for solver in OF_A_SCHEDULE
+        for name, (given, _) in BAD_OPTIONS.items()
+        if given.keys() <= {"steps", *solvers.options(solver)}
+    ],
+)
 def test_a_wrong_option_is_refused_in_one_line(name, solver):
     given, message = BAD_OPTIONS[name]
-    given = {"steps": 10, **given}
+    usual = {"steps": 10, **({"spacing": "trailing"} if "spacing" in solvers.options(solver) else {})}
+    given = {**usual, **given}
     with pytest.raises(ConfigError, match=message) as caught:
         solvers.make(solver, LINEAR, **given)
     assert "\n" not in str(caught.value)
@@ -522,9 +570,9 @@ def test_options_of_one_solver_alone_are_refused_too():
 
 
 def test_unknown_names_get_the_nearest():
-    assert solvers.names() == ("ddpm", "ddim")
+    assert solvers.names()[:2] == ("ddpm", "ddim")
     assert "eta" in solvers.options("ddim")
-    with pytest.raises(ConfigError, match="no solver 'DDMI'; did you mean 'ddpm'\\? Allowed: 'ddpm', 'ddim'"):
+    with pytest.raises(ConfigError, match="no solver 'DDMI'; did you mean 'ddpm'\\? Allowed: 'ddpm', 'ddim', "):
         solvers.make("DDMI", LINEAR)
     with pytest.raises(ConfigError, match="no solver 'xyzzy'; Allowed"):
         solvers.make("xyzzy", LINEAR)

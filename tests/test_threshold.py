@@ -154,6 +154,7 @@ def test_ties_zeros_and_infinities(values, ratio, s, block):
     m = torch.zeros_like(x)
     made = bounds(x, m, plain_rows([ratio]), cursor_at(0), block)
     assert made[0, 0].item() == pytest.approx(s, rel=2 * EPS)
+    assert (made[0, 0].item() > 1) == (s > 1)
 
 
 @pytest.mark.parametrize("block", [None, 16])

@@ -133,6 +133,8 @@ class Levels:
             alpha, sigma = np.exp(log_alpha), np.exp(-0.5 * np.logaddexp(0.0, -2.0 * log_sigma))
         (x0_x, x0_m), (eps_x, eps_m) = _predictions(prediction_type, alpha[:-1], sigma[:-1], log_sigma[:-1])
         vp = state == "vp"
+        if not vp and np.isposinf(log_sigma[0]):
+            raise ConfigError('state="ve" can\'t start at a terminal SNR of zero, where it is infinite; use state="vp"')
         c_in = np.ones(len(t)) if vp else alpha[:-1].copy()  # the model's input is the variance preserving state
         return cls(
             t=t,
