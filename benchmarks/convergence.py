@@ -42,8 +42,7 @@ class Case:
 
     @property
     def title(self) -> str:
-        options = ", ".join(f"{name}={value}" for name, value in self.options.items())
-        return f"{self.solver}({options})"
+        return " ".join([self.solver, *(f"{name}={value}" for name, value in self.options.items())])
 
 
 CASES = (
@@ -115,7 +114,7 @@ def slope(steps: tuple[int, ...], found: list[float]) -> float:
 
 def plot(found: dict[Case, list[float]]) -> Figure:
     """The errors against model evaluations, both logarithmic, with triangles of slope 1, 2 and 3."""
-    figure = Figure(figsize=(7.5, 5.5), layout="constrained")
+    figure = Figure(figsize=(10, 5.2), layout="constrained")
     axis = figure.subplots()
     for order, colour in ((1, "#0072B2"), (2, "#009E73"), (3, "#D55E00")):
         markers = iter("osD^vP*X")
@@ -125,9 +124,9 @@ def plot(found: dict[Case, list[float]]) -> Figure:
             axis.loglog(evaluations, found[case], color=colour, marker=next(markers), label=label, linewidth=1.2)
         axis.loglog(STEPS, [0.3 * (10 / n) ** order for n in STEPS], color=colour, linestyle=":", linewidth=1)
     axis.set(xlabel="model evaluations", ylabel="distance from the exact end (rms)")
-    axis.set_title("Error against steps; the number is the slope at the end, dotted: 1, 2, 3", fontsize=10)
+    axis.set_title("Error against model evaluations; the numbers are slopes at the end, dotted: 1, 2, 3", fontsize=10)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     return figure
 
 
