@@ -134,7 +134,10 @@ class Levels:
         (x0_x, x0_m), (eps_x, eps_m) = _predictions(prediction_type, alpha[:-1], sigma[:-1], log_sigma[:-1])
         vp = state == "vp"
         if not vp and np.isposinf(log_sigma[0]):
-            raise ConfigError('state="ve" can\'t start at a terminal SNR of zero, where it is infinite; use state="vp" or start=1')
+            raise ConfigError(
+                "the noise at a terminal SNR of zero is infinite where the state is x_0 + sigma eps; "
+                'use start=1, or state="vp" if the solver has it'
+            )
         c_in = np.ones(len(t)) if vp else alpha[:-1].copy()  # the model's input is the variance preserving state
         return cls(
             t=t,
