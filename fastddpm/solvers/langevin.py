@@ -117,10 +117,6 @@ def score_levels(
     levels = Levels.of(
         schedule, steps, spacing=spacing, prediction_type=asked, state=state, quantize=quantize, start=start
     )
-    if not np.isfinite(levels.sigma[0]):
-        raise ConfigError(
-            'the noise at a terminal SNR of zero is infinite where the state is x_0 + sigma eps; use spacing="leading"'
-        )
     if not own:
         return levels
     alpha, sigma = levels.alpha[:-1], levels.sigma[:-1]
