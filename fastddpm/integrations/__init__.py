@@ -1,0 +1,1 @@
+"""One file a peer library, each imported only when it is asked for: nothing here is imported by the rest of fastddpm."""
