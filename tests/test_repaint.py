@@ -214,6 +214,7 @@ def test_in_the_sampler_what_is_known_comes_out_and_the_rest_fits():
     "options, words",
     [
         (dict(steps=5), "jump_length is 10; allowed: an integer in 1 ... 4, since there are 5 steps"),
+        (dict(steps=1), "repaint needs at least 2 steps"),
         (dict(steps=50, jump_length=0), "jump_length is 0"),
         (dict(steps=50, jump_length=2.5), "jump_length is 2.5"),
         (dict(steps=50, jump_length=True), "jump_length is True"),

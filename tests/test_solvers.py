@@ -3,8 +3,10 @@
 import contextlib
 import itertools
 import math
+import re
 import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,9 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trajectories import awkward_model, run
 
-from fastddpm import solvers
+from fastddpm import EDMSchedule, solvers
 from fastddpm.errors import ConfigError
 from fastddpm.schedule import NoiseSchedule
+from fastddpm.solvers.levels import Levels
 from fastddpm.solvers.spacing import timesteps
 
 LINEAR = NoiseSchedule.linear()
@@ -531,6 +534,7 @@ BAD_OPTIONS = {
     "steps a bool": ({"steps": True}, "steps is True"),
     "steps a float": ({"steps": 10.0}, r"steps is 10\.0"),
     "spacing": ({"spacing": "even"}, "spacing is 'even'; allowed: 'leading'"),
+    "quantize": ({"quantize": "yes"}, r"quantize is 'yes'; allowed: True \(whole time steps\) or False"),
     "prediction_type": ({"prediction_type": "eps"}, "prediction_type is 'eps'; allowed: 'epsilon'"),
     "clip = 0": ({"clip": 0}, "clip is 0"),
     "clip < 0": ({"clip": -1.0}, r"clip is -1\.0"),
@@ -559,6 +563,44 @@ def test_a_wrong_option_is_refused_in_one_line(name, solver):
     assert "\n" not in str(caught.value)
 
 
+BY_LEVEL = [name for name in solvers.names() if "quantize" in solvers.options(name)]
+
+
+@pytest.mark.parametrize("name", BY_LEVEL)
+def test_a_misspelt_spacing_is_told_of_those_by_level(name):
+    for spacing in ("log-snr", "karras7", "ddim_50"):
+        with pytest.raises(ConfigError, match=f"spacing is '{spacing}'; allowed: 'leading', .*'karras', 'log_snr'"):
+            solvers.make(name, LINEAR, 10, spacing=spacing)
+    with pytest.raises(ConfigError, match="allowed with an EDMSchedule: 'karras', 'log_snr'"):
+        solvers.make(name, EDMSchedule(), 20, spacing=np.array([10, 10]))
+
+
+@pytest.mark.parametrize("name", [name for name in solvers.names() if name not in (*BY_LEVEL, "lcm", "consistency")])
+def test_an_edm_schedule_is_refused_where_there_have_to_be_time_steps(name):
+    with pytest.raises(ConfigError, match="schedule is of type EDMSchedule; this solver needs a NoiseSchedule"):
+        solvers.make(name, EDMSchedule(), 20)
+
+
+@pytest.mark.parametrize("name", BY_LEVEL)
+def test_what_is_no_schedule_is_refused(name):
+    with pytest.raises(ConfigError, match="schedule is of type dict; this solver needs a NoiseSchedule"):
+        solvers.make(name, {}, 20)
+
+
+@pytest.mark.parametrize("spacing", ["karras", "log_snr"])
+def test_levels_end_at_the_schedules_own_to_the_last_bit(spacing):
+    """Else a last step to "sigma_min", from there to there, is refused or is one of a rounding error, as it happens."""
+    for least in np.linspace(1e-4, 4e-4, 30):
+        for steps in (2, 7, 20):
+            schedule = NoiseSchedule.linear(1000, least)
+            levels = Levels.of(schedule, steps, spacing=spacing, prediction_type="epsilon")
+            assert levels.lam[[0, -2]].tolist() == [schedule.log_snr[-1] / 2, schedule.log_snr[0] / 2]
+            with pytest.raises(ConfigError, match="is the last level itself"):
+                Levels.of(schedule, steps, spacing=spacing, prediction_type="epsilon", final_sigma="sigma_min")
+    one = Levels.of(LINEAR, 1, spacing=spacing, prediction_type="epsilon", final_sigma="sigma_min")
+    assert one.lam.tolist() == [LINEAR.log_snr[-1] / 2, LINEAR.log_snr[0] / 2]
+
+
 def test_options_of_one_solver_alone_are_refused_too():
     for eta in (-0.1, 1.1, math.nan, True, "0"):
         with pytest.raises(ConfigError, match=r"eta is .*; allowed: a number in 0 \.\.\. 1"):
@@ -580,6 +622,25 @@ def test_unknown_names_get_the_nearest():
         solvers.make("ddim", LINEAR, 10, etta=0.5)
     with pytest.raises(ConfigError, match="solver ddpm has no option 'eta'"):
         solvers.make("ddpm", LINEAR, 10, eta=0.5)
+
+
+def test_the_documents_table_is_right_about_rows_and_history():
+    """At 10 steps, with the options by default; the history over the orders where a solver has any."""
+    text = (Path(__file__).parents[1] / "docs" / "solvers.md").read_text()
+    cells = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.startswith("| `")]
+    described = {name: row for row in cells for name in re.findall(r"`(\w+)`", row[1])}
+    assert sorted(described) == sorted(solvers.names())
+    for name, (_, _, _, rows, history, *_) in described.items():
+        schedule = EDMSchedule() if name == "consistency" else LINEAR
+        orders = [{"order": p} for p in (1, 2, 3)] if "order" in solvers.options(name) else [{}]
+        orders[0] |= {"jump_length": 5} if name == "repaint" else {}
+        tables = [solvers.make(name, schedule, 10, **order) for order in orders]
+        least, _, most = history.partition(" to ")
+        assert [t.history for t in tables] == list(range(int(least), int(most or least) + 1)), name
+        if name != "repaint":
+            assert {t.num_rows for t in tables} == {eval(re.sub(r"(\d+) steps", r"\1 * steps", rows), {"steps": 10})}, (
+                name
+            )
 
 
 def test_make_is_the_function_of_that_name():

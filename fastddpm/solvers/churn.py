@@ -70,8 +70,6 @@ class Churned:
             number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
             if not number or not 0 <= value <= most:
                 raise ConfigError(f"{name} is {value!r}; allowed: a number in 0 ... {most:g}")
-        if not isinstance(quantize, bool):
-            raise ConfigError(f"quantize is {quantize!r}; allowed: True (whole time steps) or False")
         levels = Levels.of(
             schedule,
             steps,
@@ -79,6 +77,7 @@ class Churned:
             prediction_type=prediction_type,
             state=state,
             final_sigma=final_sigma,
+            quantize=quantize,
             start=start,
         )
         log_sigma = -levels.lam

@@ -17,7 +17,7 @@ from ..edm import EDMSchedule
 from ..errors import ConfigError
 from ..schedule import NoiseSchedule
 from .spacing import SPACINGS, Spacing, check_start, timesteps
-from .strides import PREDICTION_TYPES
+from .strides import PREDICTION_TYPES, check_schedule
 
 Floats = NDArray[np.float64]
 
@@ -86,7 +86,8 @@ class Levels:
                 DPM-Solver, section 3.4; "exponential" elsewhere). An `EDMSchedule` has the latter two.
             prediction_type: "epsilon", "v_prediction" or "sample"; "edm" or "sample" for an `EDMSchedule`.
             state: "vp" or "ve"; an `EDMSchedule` is "ve" whatever is said here.
-            final_sigma: the last level has "zero" noise, or the schedule's least ("sigma_min").
+            final_sigma: the last level has "zero" noise, or the schedule's least ("sigma_min"), where the spacing stops
+                above it ("karras" and "log_snr" don't: it is the last level that the model is evaluated at).
             skip_last: leave out the last point of "leading" and "linspace", as DPM-Solver does (there t = 0, whose
                 noise is hardly more than none): steps + 1 points are spaced, and the first `steps` taken.
             quantize: round the time input of "karras" and "log_snr" to whole time steps, as a model with a table of
@@ -99,10 +100,13 @@ class Levels:
         for name, value, allowed in (("state", state, STATES), ("final_sigma", final_sigma, FINAL_SIGMAS)):
             if value not in allowed:
                 raise ConfigError(f"{name} is {value!r}; allowed: {', '.join(map(repr, allowed))}")
+        if not isinstance(quantize, bool):
+            raise ConfigError(f"quantize is {quantize!r}; allowed: True (whole time steps) or False")
         if isinstance(schedule, EDMSchedule):
             log_sigma = _log_sigmas(schedule.log_sigmas, _count(steps, 18), spacing)
             t, least = np.zeros(0), schedule.log_sigmas[0]
         else:
+            check_schedule(schedule)
             train = -0.5 * schedule.log_snr  # log of sigma / alpha at each time step, rising
             least = train[0]
             if isinstance(spacing, str) and spacing in BY_LEVEL:
@@ -205,7 +209,7 @@ def _times(num_train_steps: int, steps: int | None, spacing: Spacing, skip_last:
 
 def _checked(spacing: Spacing) -> Spacing:
     """`spacing`; `ConfigError` for a word that is no spacing, with those by level among the allowed."""
-    if isinstance(spacing, str) and spacing.isalpha() and spacing not in SPACINGS:
+    if isinstance(spacing, str) and spacing not in SPACINGS and spacing.strip(", 0123456789") not in ("", "ddim"):
         allowed = ", ".join(map(repr, (*SPACINGS, *BY_LEVEL)))
         raise ConfigError(f"spacing is {spacing!r}; allowed: {allowed}, or sections as '10,10,20' or 'ddim50'")
     return spacing
@@ -222,15 +226,20 @@ def _log_sigmas(ends: tuple[float, float], n: int, spacing: Spacing) -> Floats:
     """log sigma of n levels from the greatest to the least; `ends` are (least, greatest)."""
     least, greatest = ends
     if not np.isfinite(greatest):
-        raise ConfigError(f"spacing={spacing!r} needs a least signal; this schedule ends at a terminal SNR of zero")
+        raise ConfigError(
+            f'spacing={spacing!r} needs a least signal; this schedule ends at a terminal SNR of zero; use "trailing"'
+        )
+    if not isinstance(spacing, str) or spacing not in BY_LEVEL:
+        raise ConfigError(f"spacing is {spacing!r}; allowed with an EDMSchedule: 'karras', 'log_snr'")
     ramp = np.linspace(0.0, 1.0, n)
     if spacing == "log_snr":
-        return greatest + ramp * (least - greatest)
-    if spacing == "karras":  # EDM, eq. 5
+        made = greatest + ramp * (least - greatest)
+    else:  # EDM, eq. 5
         a, b = np.exp(greatest / RHO), np.exp(least / RHO)
-        made: Floats = RHO * np.log(a + ramp * (b - a))
-        return made
-    raise ConfigError(f"spacing is {spacing!r}; allowed with an EDMSchedule: 'karras', 'log_snr'")
+        made = RHO * np.log(a + ramp * (b - a))
+    made[-1] = least  # to the last bit, as `final_sigma` is compared with it
+    made[0] = greatest
+    return made
 
 
 def _predictions(

@@ -61,6 +61,8 @@ def repaint(
         start=start,
     )
     n = base.num_rows
+    if n < 2:
+        raise ConfigError("repaint needs at least 2 steps, or there is nothing to jump over; there is 1")
     for name, value, most in (("jump_length", jump_length, n - 1), ("jump_n_sample", jump_n_sample, 1000)):
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 1 <= value <= most:
             why = f", since there are {n} steps" if name == "jump_length" else ""

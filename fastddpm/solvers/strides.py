@@ -43,8 +43,9 @@ class Strides:
     def of(cls, schedule: NoiseSchedule, steps: int | None, spacing: Spacing, start: int = 0) -> Strides:
         """The strides of `steps` steps through `schedule`, without the first `start` of them.
 
-        Raises `ConfigError` as `spacing.timesteps` does, or for a `start` that leaves no step.
+        Raises `ConfigError` as `spacing.timesteps` does, for another schedule, or for a `start` that leaves no step.
         """
+        check_schedule(schedule)
         t = timesteps(schedule.num_steps, steps, spacing)
         t = t[check_start(start, len(t)) :]
         # Each stride's log alpha is summed on its own: a difference of two log alpha_bar would cancel.
@@ -100,6 +101,12 @@ class Strides:
         if prediction_type == "sample":
             return 1.0 / np.sqrt(self.noise), -np.exp(0.5 * self.log_bar) / np.sqrt(self.noise)
         raise _unknown(prediction_type)
+
+
+def check_schedule(schedule: object) -> None:
+    """`ConfigError` unless `schedule` is a `NoiseSchedule`."""
+    if not isinstance(schedule, NoiseSchedule):
+        raise ConfigError(f"schedule is of type {type(schedule).__name__}; this solver needs a NoiseSchedule")
 
 
 def _unknown(prediction_type: object) -> ConfigError:
