@@ -99,18 +99,22 @@ def dpm_solver(
         orders[-2:] = np.minimum(orders[-2:], [2, 1][-len(orders) :])
     if euler_at_final or levels.sigma[-1] == 0:
         orders[-1] = 1
-    return _table(levels, orders, algorithm, solver_type, float(eta), clip, dynamic_thresholding_ratio)
+    return multistep_table(levels, orders, algorithm, solver_type, float(eta), clip, dynamic_thresholding_ratio)
 
 
-def _table(
+def multistep_table(
     levels: Levels,
     orders: NDArray[np.int64],
     algorithm: str,
     solver_type: str,
     eta: float,
-    clip: float | None,
-    ratio: float | None,
+    clip: float | None = None,
+    ratio: float | None = None,
 ) -> StepTable:
+    """The table of `dpm_solver` through given levels; `orders`, int64 [n], are the steps', the last 1 if it ends at 0.
+
+    Raises `ConfigError` where noise is extrapolated from a level that is pure noise.
+    """
     of_x0 = check_levels(levels, algorithm)
     alpha, sigma, h = levels.alpha, levels.sigma, np.minimum(levels.steps, FAR)
     # Noise at the level that has none would have to be removed again by a prediction that was made before it.

@@ -61,6 +61,11 @@ def dpm2(
         quantize=quantize,
         start=start,
     )
+    return dpm2_table(churned, clip, dynamic_thresholding_ratio)
+
+
+def dpm2_table(churned: Churned, clip: float | None = None, ratio: float | None = None) -> StepTable:
+    """The table of `dpm2` through given levels; raises `ConfigError` where the first one is pure noise."""
     churned.check_signal("start=1")
     levels, columns = churned.columns_of_two(0.5 * (churned.log_sigma[:-1] + churned.log_end))
     # x' = end / mid x + (1 - sigma / mid) h1 + (sigma - end) / mid x_0, with x at mid; mid / sigma is end / mid
@@ -68,4 +73,4 @@ def dpm2(
     x_h1 = np.zeros(len(levels.t))
     x_h1[1::2] = -levels.alpha[2::2] * np.expm1(to_mid)
     columns["x_x0"][1::2] = 2.0 * levels.alpha[2::2] * np.sinh(to_mid)
-    return step_table(**columns, x_h1=x_h1, clip=clip, ratio=check_ratio(dynamic_thresholding_ratio, clip))
+    return step_table(**columns, x_h1=x_h1, clip=clip, ratio=check_ratio(ratio, clip))

@@ -67,7 +67,7 @@ def euler(
         quantize=quantize,
         start=start,
     )
-    return _table(churned, clip, dynamic_thresholding_ratio)
+    return euler_table(churned, clip, dynamic_thresholding_ratio)
 
 
 def euler_ancestral(
@@ -111,10 +111,11 @@ def euler_ancestral(
         quantize=quantize,
         start=start,
     )
-    return _table(churned, clip, dynamic_thresholding_ratio)
+    return euler_table(churned, clip, dynamic_thresholding_ratio)
 
 
-def _table(churned: Churned, clip: float | None, ratio: float | None) -> StepTable:
+def euler_table(churned: Churned, clip: float | None = None, ratio: float | None = None) -> StepTable:
+    """The table of Euler's method through given levels; raises `ConfigError` where "ve" can't hold the first one."""
     if churned.state == "ve":
         churned.check_signal('state="vp"')
     _, columns = churned.columns(churned.log_sigma, churned.log_kept[1:])

@@ -56,9 +56,14 @@ def heun(
         quantize=quantize,
         start=start,
     )
+    return heun_table(churned, clip, dynamic_thresholding_ratio)
+
+
+def heun_table(churned: Churned, clip: float | None = None, ratio: float | None = None) -> StepTable:
+    """The table of Heun's method through given levels; raises `ConfigError` where the first one is pure noise."""
     churned.check_signal("start=1")
     levels, columns = churned.columns_of_two(churned.log_end)
     half = 0.5 * levels.alpha[2::2] * np.expm1(levels.steps[:-1:2])
     x_h1 = np.zeros(len(levels.t))
     x_h1[1::2], columns["x_x0"][1::2] = -half, half
-    return step_table(**columns, x_h1=x_h1, clip=clip, ratio=check_ratio(dynamic_thresholding_ratio, clip))
+    return step_table(**columns, x_h1=x_h1, clip=clip, ratio=check_ratio(ratio, clip))

@@ -1,0 +1,163 @@
+"""For samplers that are given their noise levels, or their noise, by the caller: what the peers' functions share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from fastddpm_kernels import normal, reference, reverse_step
+from fastddpm_kernels.columns import S_0, S_V, X_Z
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..edm import EDMSchedule
+from ..errors import ConfigError, InputError, NonFiniteError
+from ..seeds import sample_seeds
+from ..solvers import StepTable
+from ..solvers.churn import Churned
+
+Floats = NDArray[np.float64]
+
+
+class Rows:
+    """A state that a table is applied to row by row, with noise of the caller's or of seeds. Nothing waits for a GPU.
+
+    Args:
+        table: the solver; its rows are applied in their order. All of their `c_in` are 1: `x` is the model's input.
+        x: the state at the first row, [B, ...]; float64 stays so on the CPU, all else becomes float32. Never written to.
+        seeds: the step kernel draws the noise of these (see `Sampler.sample`); None: `step` is given it.
+
+    Attributes:
+        x: the state now, float32 or float64; a tensor of its own after each step.
+
+    Raises:
+        InputError: for a state that has no samples, or is float64 on a GPU; or for wrong seeds.
+    """
+
+    def __init__(self, table: StepTable, x: Tensor, seeds: int | Sequence[int] | None = None) -> None:
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2:
+            raise InputError("x is no float tensor of shape [B, ...]; give the noise to start from")
+        exact = x.dtype == torch.float64
+        if exact and x.device.type != "cpu":
+            raise InputError(f"x is float64 on {x.device}; that is for the CPU: give x.float()")
+        self.x = x.detach().to(torch.float64 if exact else torch.float32).contiguous()
+        self.table, self.drawn = table, seeds is not None
+        batch, device = len(x), x.device
+        self.seeds = sample_seeds(0 if seeds is None else seeds, batch).to(device)
+        self._rows = torch.tensor(table.with_identity(), dtype=self.x.dtype, device=device)
+        self._cursors = torch.arange(table.num_rows, dtype=torch.int32, device=device).repeat(batch, 1).T.contiguous()
+        self._history: list[Tensor] = [torch.zeros_like(self.x)] * table.history
+        self._flags: list[Tensor] = []
+
+    def times(self, dtype: torch.dtype) -> Tensor:
+        """The model's time input, [rows, B]."""
+        t = torch.tensor(self.table.timesteps, device=self.x.device).to(dtype)
+        return t[:, None].expand(-1, len(self.x)).contiguous()
+
+    def step(self, row: int, output: Tensor, noise: Callable[[], Tensor | None] | None = None) -> Tensor:
+        """Apply `row` to the model's `output`, and add its `noise`, standard normal and shaped as x, if there is any.
+
+        Returns x_0 as the table predicts it, limited. `noise` isn't called where the seeds say what it is.
+        """
+        table = self.table
+        self.x, x0, flags = reverse_step(
+            self.x,
+            output if output.dtype != torch.float64 else output.to(self.x.dtype),
+            self._rows,
+            self._cursors[row],
+            self.seeds,
+            **{f"h{k}": h for k, h in enumerate(self._history, 1)},
+            limited=table.limited,
+            dynamic=table.dynamic,
+            noise=self.drawn and table.stochastic,
+            learned=table.learned,
+            direct=table.direct,
+        )
+        self._flags.append(flags)
+        self._history = [x0, *self._history][: table.history]
+        z = None if self.drawn or noise is None else noise()
+        if z is not None:
+            self._add(row, z.to(self.x.dtype), output)
+        return x0
+
+    def _add(self, row: int, z: Tensor, output: Tensor) -> None:
+        scale = float(self.table.rows[row, X_Z])
+        if not self.table.learned:
+            self.x.add_(z, alpha=scale)
+            return
+        s_0, s_v = self.table.rows[row, [S_0, S_V]].tolist()
+        v = output[:, self.x.shape[1] :].to(self.x.dtype)
+        self.x.addcmul_(torch.exp2(s_0 + s_v * v), z, value=scale)
+
+    def noise_of_seeds(self) -> Tensor:
+        """Noise beside that of the rows, [B, ...]: stream 1, the step behind the last."""
+        if self.x.dtype == torch.float64:
+            return reference.normal(
+                self.seeds, self.x.shape[1:], step=self.table.num_rows, stream=1, dtype=self.x.dtype
+            )
+        return normal(self.seeds, self.x.shape[1:], step=self.table.num_rows, stream=1)
+
+    def finished(self) -> Tensor:
+        """The state, or `NonFiniteError` where a sample isn't finite (it names the step); waits for the device."""
+        flags = torch.stack(self._flags)
+        bad = (flags != 0).any(dim=0) | ~self.x.isfinite().flatten(1).all(dim=1)
+        if not bad.any():
+            return self.x
+        first = int(bad.nonzero()[0])
+        steps = flags[:, first].nonzero()
+        step = int(steps[0]) if len(steps) else len(flags) - 1
+        raise NonFiniteError(
+            f"sample {first} is not finite from step {step} (t = {self.table.timesteps[step]:g}) on: "
+            "the model's output there is NaN, infinite or too large",
+            samples=self.x,
+            bad=bad,
+        )
+
+
+def churned(
+    sigmas: Floats,
+    *,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = math.inf,
+    s_noise: float = 1.0,
+    eta: float = 0.0,
+    rounded: Callable[[Floats], Floats] = lambda sigma: sigma,
+) -> Churned:
+    """Given levels with churn and ancestral noise, for a model D(x; sigma) that is told sigma.
+
+    Args:
+        sigmas: [n + 1], above 0 but for the last.
+        s_churn, s_tmin, s_tmax, s_noise, eta: as in `solvers.euler` and `solvers.euler_ancestral`.
+        rounded: the levels that the model knows, next to those that churn asks for.
+
+    Raises:
+        ConfigError: for a number out of range.
+    """
+    checked(s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise)
+    if not checked(eta=eta) or not eta <= 1:
+        raise ConfigError(f"eta is {eta!r}; allowed: a number in 0 ... 1")
+    if eta and (np.diff(sigmas) >= 0).any():
+        raise ConfigError("sigmas don't fall, but eta isn't 0: noise is added on the way down only; use eta=0")
+    now = sigmas[:-1]
+    gamma = np.where((s_tmin <= now) & (now <= s_tmax), min(s_churn / len(now), math.sqrt(2) - 1), 0.0)
+    hat = np.where(gamma > 0, np.maximum(rounded(now * (1 + gamma)), now), now)
+    with np.errstate(divide="ignore"):
+        log_hat, log_next = np.log(hat), np.log(sigmas[1:])
+        # sigma_down^2 = sigma'^2 (1 - eta^2 (1 - sigma'^2 / sigma^2))
+        down = 0.5 * np.log1p(eta**2 * np.expm1(2 * (log_next - log_hat)))
+    lift = np.append(np.log1p((hat - now) / now), 0.0)
+    log_sigma = np.append(log_hat, log_next[-1])
+    return Churned(log_sigma, np.append(0.0, down) - lift, float(s_noise), EDMSchedule(), "sample", "ve", False)
+
+
+def checked(**numbers: object) -> bool:
+    """True; `ConfigError` for what is no number of at least 0 (infinity is one for s_churn and s_tmax)."""
+    for name, value in numbers.items():
+        number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+        most = math.inf if name in ("s_churn", "s_tmin", "s_tmax") else 1e3
+        if not number or not 0 <= value <= most:  # type: ignore[operator]
+            raise ConfigError(f"{name} is {value!r}; allowed: a number in 0 ... {most:g}")
+    return True
