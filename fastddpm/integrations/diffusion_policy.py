@@ -1,0 +1,360 @@
+"""Diffusion Policy and LeRobot: their sampling loop, `conditional_sample`, in one call.
+
+A diffusion policy (Chi et al. 2023, arXiv 2303.04137) draws a short trajectory of actions, [B, horizon, dim], from a
+network that is told of the observations. Both code bases sample it with diffusers' DDPMScheduler or DDIMScheduler:
+
+    policy = accelerate_policy(policy)  # and policy.predict_action(obs) or policy.select_action(batch) as before
+
+or, without a policy around it,
+
+    conditional_sample(unet, (1, 16, 2), scheduler, global_cond=features)
+
+The noise is torch's, drawn in the order of their loop, unless `seeds` are given: then a trajectory's noise is a
+function of its seed alone. What is known of a trajectory (`condition_data` where `condition_mask`) is put into the
+state before every evaluation of the model as it is, without noise, and is there at the end; in the step table that is
+k_x = 1, k_z = 0 in every row.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from fastddpm_kernels.columns import K_X, K_Z, X_Z
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..buffers import initial_noise
+from ..errors import ConfigError, InputError
+from ..pretrained import SchedulerConfig
+from ..sampler import Sampler
+from ..seeds import check_seed, sample_seeds
+from ..solvers import StepTable
+
+_SOLVERS = {"DDPMScheduler": "ddpm", "DDIMScheduler": "ddim"}
+
+
+def conditional_sample(
+    model: Any,
+    shape: Sequence[int],
+    scheduler: Any,
+    *,
+    num_inference_steps: int | None = None,
+    eta: float = 0.0,
+    use_clipped_model_output: bool = False,
+    **conditions: Any,
+) -> Tensor:
+    """Draw trajectories: ``conditional_sample(unet, (B, horizon, action_dim), scheduler, global_cond=features)``.
+
+    For more than one call make a `PolicySampler`, which keeps the table, and on a GPU the graph.
+
+    Args:
+        model: ConditionalUnet1D or any callable model(x, t, **given), x [B, horizon, dim], t int64 [B].
+        shape: (B, horizon, dim).
+        scheduler, num_inference_steps, eta, use_clipped_model_output: as in `PolicySampler`.
+        conditions: those of `PolicySampler.sample`: condition_data, condition_mask, local_cond, global_cond, cond,
+            generator, seeds, noise.
+
+    Returns:
+        [B, horizon, dim]. Raises what `PolicySampler` and its `sample` raise.
+    """
+    made = PolicySampler(
+        model, scheduler, num_inference_steps, eta=eta, use_clipped_model_output=use_clipped_model_output
+    )
+    return made.sample(shape, **conditions)
+
+
+class PolicySampler:
+    """The sampling loop of a diffusion policy, to be called again and again.
+
+    Args:
+        model: any callable model(x, t, **given), as in `conditional_sample`.
+        scheduler: diffusers' DDPMScheduler or DDIMScheduler; or a `StepTable`, as ``solvers.dpm_solver(schedule, 8)``.
+        num_inference_steps: how many steps; None: as many as the model was trained with. The scheduler's
+            ``set_timesteps`` is called with it, as their loop does.
+        eta, use_clipped_model_output: DDIMScheduler's arguments of `step`.
+
+    Raises:
+        ConfigError: for a scheduler of another kind, a setting that is not supported, or time steps with which
+            diffusers leaves the papers' formulas (see `table_of`).
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        scheduler: Any,
+        num_inference_steps: int | None = None,
+        *,
+        eta: float = 0.0,
+        use_clipped_model_output: bool = False,
+    ) -> None:
+        if isinstance(scheduler, StepTable):
+            _check_table(scheduler, num_inference_steps, eta, use_clipped_model_output)
+            self.table, self._draws = scheduler, scheduler["x_z"] != 0
+        else:
+            self.table, self._draws = table_of(
+                scheduler, num_inference_steps, eta=eta, use_clipped_model_output=use_clipped_model_output
+            )
+        rows = self.table.rows.copy()
+        rows[:, K_X], rows[:, K_Z] = 1.0, 0.0  # what is known is known without noise
+        self._seeded = Sampler(model, replace(self.table, rows=rows))
+        rows[:, X_Z] = 0.0
+        self._quiet = Sampler(model, replace(self.table, rows=rows))  # the noise is torch's, and added by `_drawn`
+
+    def sample(
+        self,
+        shape: Sequence[int],
+        *,
+        condition_data: Tensor | None = None,
+        condition_mask: Tensor | None = None,
+        local_cond: Tensor | None = None,
+        global_cond: Tensor | None = None,
+        cond: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        seeds: int | Sequence[int] | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """Trajectories from pure noise; no gradients.
+
+        Args:
+            shape: (B, horizon, dim).
+            condition_data, condition_mask: [B, horizon, dim], float and bool: the known part of the trajectories.
+            local_cond, global_cond, cond: given to the model by these names, where not None: [B, horizon, n] and [B, n]
+                of ConditionalUnet1D, [B, n_obs_steps, n] of TransformerForDiffusion.
+            generator: torch's, for the noise, in the order of their loop; None: torch's global one.
+            seeds: instead: one integer a trajectory, or one for all, as in `Sampler.sample`.
+            noise: start from this, [B, horizon, dim], and draw only the steps' noise.
+
+        Returns:
+            [B, horizon, dim] in the model's dtype; in between the state is float32.
+
+        Raises:
+            InputError: for arguments that don't fit each other.
+            NonFiniteError: where a trajectory became NaN or infinite. (Their loop would return it.)
+        """
+        if seeds is not None and generator is not None:
+            raise InputError("seeds and generator are both given; give one: each is a source of noise")
+        if (condition_data is None) != (condition_mask is None):
+            raise InputError("condition_data and condition_mask go together; one is given without the other")
+        if condition_mask is not None and not condition_mask.any():
+            condition_data = condition_mask = None  # as the policies say that nothing is known
+        named = {"local_cond": local_cond, "global_cond": global_cond, "cond": cond}
+        given: dict[str, Any] = {"model_kwargs": {name: v for name, v in named.items() if v is not None}}
+        given |= {"known": condition_data, "mask": condition_mask}
+        sampler = self._quiet if seeds is None else self._seeded
+        dtype, device = sampler._model_dtype(), sampler._device(noise)
+        with torch.inference_mode(False), torch.no_grad():
+            if noise is None and seeds is not None:
+                noise = initial_noise(sample_seeds(seeds, shape[0]), shape[1:], torch.float32)
+                noise = noise * self.table.init_noise_sigma
+            elif noise is None:
+                noise = _randn(shape, generator, dtype, device) * self.table.init_noise_sigma
+            if condition_data is not None and condition_mask is not None:
+                noise = torch.where(condition_mask, condition_data, noise.to(condition_data))
+            given["x_T"] = noise
+            if seeds is not None or not self._draws.any():
+                return sampler.sample(shape, seeds=0 if seeds is None else seeds, **given).to(dtype)
+            drawn = [_randn(shape, generator, dtype, device).float() if d else None for d in self._draws]
+            return self._with_noise(shape, drawn, given).to(dtype)
+
+    def _with_noise(self, shape: Sequence[int], noise: Sequence[Tensor | None], given: dict[str, Any]) -> Tensor:
+        """The loop of `Sampler.sample`, with each step's z from the caller, [B, horizon, dim], or None: no noise."""
+        sampler = self._quiet
+        inputs = sampler._checked(shape, 0, **given)
+        part = inputs.part(torch.arange(inputs.shape[0]))
+        with sampler._lock:
+            buffers, step = sampler._prepared(part)
+            buffers.start(part, 1.0)
+            for z, scale in zip(noise, self.table["x_z"].tolist(), strict=True):
+                step()
+                if z is not None:
+                    z = z if buffers.mask is None else z.masked_fill_(buffers.mask, 0.0)
+                    buffers.model_input.copy_(buffers.x.add_(z, alpha=scale))
+            return sampler._finite(buffers.x.clone(), buffers.nonfinite.clone())
+
+
+def _randn(shape: Sequence[int], generator: torch.Generator | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Torch's noise, drawn where the generator is."""
+    place = device if generator is None else generator.device
+    return torch.randn(tuple(shape), generator=generator, dtype=dtype, device=place).to(device)
+
+
+def table_of(
+    scheduler: Any, num_inference_steps: int | None = None, *, eta: float = 0.0, use_clipped_model_output: bool = False
+) -> tuple[StepTable, NDArray[np.bool_]]:
+    """The step table of a DDPMScheduler or DDIMScheduler, and the rows, bool [rows], at which theirs draws noise.
+
+    alpha_bar_t is the scheduler's own, in float32, to the last bit. (DDPMScheduler draws where t > 0; DDIMScheduler
+    everywhere where eta > 0, for the last step too, whose noise is 0.)
+
+    Raises:
+        ConfigError: for another scheduler, `SchedulerConfig.from_diffusers`'s reasons, a learned variance, eta or
+            use_clipped_model_output with DDPM, and time steps with which diffusers does not step to the next one that
+            it visits (DDIM with "linspace", or "trailing" with a number that doesn't divide the training's), or adds
+            noise at the last step ("trailing" with "fixed_large").
+    """
+    kind = next((c.__name__ for c in type(scheduler).__mro__ if c.__name__ in _SOLVERS), None)
+    if kind is None:
+        raise ConfigError(f"scheduler is a {type(scheduler).__name__}; allowed: {', '.join(_SOLVERS)}, a StepTable")
+    config = dict(scheduler.config)
+    if str(config.get("variance_type")).startswith("learned"):
+        raise ConfigError(f"variance_type is {config['variance_type']!r}; a policy's network has no learned variance")
+    bar = scheduler.alphas_cumprod.double().cpu().numpy()
+    betas = 1.0 - bar / np.append(1.0, bar[:-1])
+    known = {"_class_name": kind, "trained_betas": betas.tolist(), "rescale_betas_zero_snr": False}
+    options: dict[str, Any] = {}
+    if kind == "DDIMScheduler":
+        options = {"eta": eta, "use_clipped_model_output": use_clipped_model_output}
+    elif eta or use_clipped_model_output:
+        raise ConfigError("eta and use_clipped_model_output are DDIMScheduler's; this is a DDPMScheduler")
+    steps = len(bar) if num_inference_steps is None else num_inference_steps
+    table = SchedulerConfig.from_diffusers({**config, **known}).table(_SOLVERS[kind], steps, **options)
+    scheduler.set_timesteps(steps)
+    t = table.timesteps
+    same = np.array_equal(t, scheduler.timesteps.cpu().numpy())
+    if kind == "DDIMScheduler":
+        same = same and bool((t[:-1] - len(bar) // steps == t[1:]).all()) and t[-1] < len(bar) // steps
+    elif config.get("variance_type") == "fixed_large":
+        same = same and t[-1] == 0
+    if not same:
+        raise ConfigError(
+            f"scheduler config: with timestep_spacing={config.get('timestep_spacing', 'leading')!r} and {steps} of "
+            f"{len(bar)} steps a {kind} does not step as its paper; use 'leading', or give a StepTable"
+        )
+    return table, t > 0 if kind == "DDPMScheduler" else np.full(steps, eta > 0)
+
+
+def _check_table(table: StepTable, steps: int | None, eta: float, use_clipped_model_output: bool) -> None:
+    if steps not in (None, table.num_rows):
+        raise ConfigError(f"num_inference_steps is {steps}, the table has {table.num_rows} rows; leave it out")
+    if eta or use_clipped_model_output:
+        raise ConfigError("eta and use_clipped_model_output are the table's own; give them to the solver")
+    if table.learned:
+        raise ConfigError("the table has a learned variance; a policy's network has none")
+    if table.scaled and table.stochastic:
+        raise ConfigError('the table scales the model\'s input and adds noise; use a solver with state="vp"')
+
+
+def accelerate_policy(policy: Any, *, seed: int | None = None) -> Any:
+    """Replace a policy's `conditional_sample` by one with the same signature and the same samples; returns the policy.
+
+    For Diffusion Policy's classes (of UNet and Transformer, low-dimensional, image, hybrid and video), and LeRobot's
+    DiffusionPolicy or its DiffusionModel. ``del policy.conditional_sample`` (LeRobot: of policy.diffusion) undoes it.
+    The policy's model, scheduler and number of steps are read at every call, so they may be exchanged; a copy of the
+    policy samples with the copy's model.
+
+    Args:
+        policy: the policy.
+        seed: None: torch's noise, as theirs. An integer: noise by `PolicySampler.sample`'s `seeds`, the first call with
+            this seed and each call after it with the next; ``policy.conditional_sample.seed = 0`` begins again.
+
+    Raises:
+        InputError: for an object that has not what such a policy has.
+        ConfigError: for its scheduler, as `PolicySampler` (at once, not at the first call).
+    """
+    inner = policy if hasattr(policy, "unet") else getattr(policy, "diffusion", policy)
+    needed = ("conditional_sample", "noise_scheduler", "num_inference_steps")
+    missing = [name for name in needed if not hasattr(inner, name)]
+    if missing or not (hasattr(inner, "unet") or hasattr(inner, "model")):
+        raise InputError(
+            f"policy is a {type(policy).__name__} without {', '.join(missing) or 'model or unet'}; needed: a policy of "
+            "Diffusion Policy or LeRobot, or else call conditional_sample"
+        )
+    loop: type[_Loop] = _UNetLoop
+    if hasattr(inner, "unet"):
+        loop = _LeRobotLoop
+    elif "cond" in inspect.signature(inner.conditional_sample).parameters:
+        loop = _TransformerLoop
+    made = loop(inner, None if seed is None else check_seed(seed))
+    made.sampler()
+    inner.conditional_sample = made
+    return policy
+
+
+class _Loop:
+    """What stands in the place of a policy's `conditional_sample`."""
+
+    model_name = "model"
+
+    def __init__(self, policy: Any, seed: int | None) -> None:
+        self.policy, self.seed = policy, seed
+        self._made: tuple[tuple[Any, ...], tuple[Any, ...], PolicySampler] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_made": None}  # a copy makes its own, for its policy's model
+
+    def sampler(self, eta: float = 0.0, use_clipped_model_output: bool = False) -> PolicySampler:
+        """That of the policy as it is now; the last one where nothing has changed."""
+        policy = self.policy
+        model, scheduler = getattr(policy, self.model_name), policy.noise_scheduler
+        config = getattr(scheduler, "config", None)
+        steps = policy.num_inference_steps
+        of = (model, scheduler, config)  # kept, so that an id stays theirs
+        key = (*map(id, of), steps, eta, use_clipped_model_output)
+        if self._made is None or self._made[0] != key:
+            made = PolicySampler(model, scheduler, steps, eta=eta, use_clipped_model_output=use_clipped_model_output)
+            self._made = key, of, made
+        return self._made[2]
+
+    def run(self, shape: Sequence[int], step: dict[str, Any], **conditions: Any) -> Tensor:
+        """Sample; `step` are the keywords of the scheduler's step."""
+        unknown = set(step) - {"eta", "use_clipped_model_output"}
+        if unknown:
+            raise ConfigError(f"{', '.join(sorted(unknown))}: not supported; allowed: eta, use_clipped_model_output")
+        if self.seed is None or conditions.get("generator") is not None:
+            return self.sampler(**step).sample(shape, **conditions)
+        made = self.sampler(**step).sample(shape, seeds=self.seed, **conditions)
+        self.seed = (self.seed + 1) % 2**64
+        return made
+
+
+class _UNetLoop(_Loop):
+    """Diffusion Policy with ConditionalUnet1D."""
+
+    def __call__(
+        self,
+        condition_data: Tensor,
+        condition_mask: Tensor,
+        local_cond: Tensor | None = None,
+        global_cond: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        known = {"condition_data": condition_data, "condition_mask": condition_mask, "generator": generator}
+        return self.run(condition_data.shape, kwargs, local_cond=local_cond, global_cond=global_cond, **known)
+
+
+class _TransformerLoop(_Loop):
+    """Diffusion Policy with TransformerForDiffusion."""
+
+    def __call__(
+        self,
+        condition_data: Tensor,
+        condition_mask: Tensor,
+        cond: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        known = {"condition_data": condition_data, "condition_mask": condition_mask, "generator": generator}
+        return self.run(condition_data.shape, kwargs, cond=cond, **known)
+
+
+class _LeRobotLoop(_Loop):
+    """LeRobot's DiffusionModel."""
+
+    model_name = "unet"
+
+    def __call__(
+        self,
+        batch_size: int,
+        global_cond: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        config = self.policy.config
+        shape = (batch_size, config.horizon, config.action_feature.shape[0])
+        return self.run(shape, {}, global_cond=global_cond, generator=generator, noise=noise)
