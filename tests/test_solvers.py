@@ -575,6 +575,32 @@ def test_a_misspelt_spacing_is_told_of_those_by_level(name):
         solvers.make(name, EDMSchedule(), 20, spacing=np.array([10, 10]))
 
 
+@pytest.mark.parametrize("name", BY_LEVEL)
+def test_edms_network_is_sampled_as_the_denoiser_that_its_preconditioning_makes_of_it(name, start):
+    """2206.00364, eq. 7 and table 1: F from D, which is that of N(0.4, 0.25) data."""
+
+    def denoiser(x, sigma):
+        return (0.25 * x + 0.4 * sigma**2) / (0.25 + sigma**2)
+
+    def network(scaled, c_noise):
+        sigma = np.exp(4 * c_noise)
+        norm = np.sqrt(sigma**2 + 0.36)
+        x = scaled * norm
+        return (denoiser(x, sigma) - 0.36 / norm**2 * x) * norm / (0.6 * sigma)
+
+    schedule, ends = EDMSchedule(0.01, 20.0, sigma_data=0.6), []
+    options = {"spacing": "karras", **({"each": 2} if name == "annealed_langevin" else {})}
+    for prediction, model in (("sample", denoiser), ("edm", network)):
+        table = solvers.make(name, schedule, 12, prediction_type=prediction, **options)
+        assert (table.start[0], table.start[1], table.init_noise_sigma) == pytest.approx((1.0, 20.0, 20.0), rel=1e-12)
+        noise = list(itertools.islice(itertools.cycle(start[1]), table.num_rows))
+        ends.append(run(table, model, 20.0 * start[0], noise)[-1])
+    np.testing.assert_allclose(ends[1], ends[0], rtol=0, atol=1e-9)
+    if name != "annealed_langevin":  # whose 24 rows of small steps lead nowhere
+        assert abs(ends[0].mean() - 0.4) < 0.4
+        assert abs(ends[0].std() - 0.5) < 0.4
+
+
 @pytest.mark.parametrize("name", [name for name in solvers.names() if name not in (*BY_LEVEL, "lcm", "consistency")])
 def test_an_edm_schedule_is_refused_where_there_have_to_be_time_steps(name):
     with pytest.raises(ConfigError, match="schedule is of type EDMSchedule; this solver needs a NoiseSchedule"):
