@@ -200,7 +200,7 @@ def inspect(compiled) -> dict[str, object]:
         "stores": sorted({op for op in sass if op.startswith("STG")}),
         "instructions": sum(not op.startswith("NOP") for op in sass),
         "conversions": sorted(set(re.findall(r"cvt\.rn[\w.]*", compiled.asm["ptx"]))),
-        "nan_clamp": ".NaN" in compiled.asm["ptx"],
+        "keeps_nan": sorted(set(re.findall(r"(min|max)(?:\.\w+)*\.NaN", compiled.asm["ptx"]))),
         "fused": sum(2 if packed else 1 for packed in re.findall(r"fma\.rn\.f32(x2)?", compiled.asm["ptx"])),
     }
 
