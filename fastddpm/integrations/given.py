@@ -1,24 +1,17 @@
-"""For samplers that are given their noise levels, or their noise, by the caller: what the peers' functions share."""
+"""A table that is applied row by row, with the caller's noise: the loop that the peers' samplers share."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 from fastddpm_kernels import normal, reference, reverse_step
 from fastddpm_kernels.columns import S_0, S_V, X_Z
-from numpy.typing import NDArray
 from torch import Tensor
 
-from ..edm import EDMSchedule
-from ..errors import ConfigError, InputError, NonFiniteError
+from ..errors import InputError, NonFiniteError
 from ..seeds import sample_seeds
 from ..solvers import StepTable
-from ..solvers.churn import Churned
-
-Floats = NDArray[np.float64]
 
 
 class Rows:
@@ -26,7 +19,7 @@ class Rows:
 
     Args:
         table: the solver; its rows are applied in their order. All of their `c_in` are 1: `x` is the model's input.
-        x: the state at the first row, [B, ...]; float64 stays so on the CPU, all else becomes float32. Never written to.
+        x: the state at the first row, [B, ...]; float64 stays so on the CPU, all else becomes float32. Stays as it is.
         seeds: the step kernel draws the noise of these (see `Sampler.sample`); None: `step` is given it.
 
     Attributes:
@@ -114,50 +107,3 @@ class Rows:
             samples=self.x,
             bad=bad,
         )
-
-
-def churned(
-    sigmas: Floats,
-    *,
-    s_churn: float = 0.0,
-    s_tmin: float = 0.0,
-    s_tmax: float = math.inf,
-    s_noise: float = 1.0,
-    eta: float = 0.0,
-    rounded: Callable[[Floats], Floats] = lambda sigma: sigma,
-) -> Churned:
-    """Given levels with churn and ancestral noise, for a model D(x; sigma) that is told sigma.
-
-    Args:
-        sigmas: [n + 1], above 0 but for the last.
-        s_churn, s_tmin, s_tmax, s_noise, eta: as in `solvers.euler` and `solvers.euler_ancestral`.
-        rounded: the levels that the model knows, next to those that churn asks for.
-
-    Raises:
-        ConfigError: for a number out of range.
-    """
-    checked(s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise)
-    if not checked(eta=eta) or not eta <= 1:
-        raise ConfigError(f"eta is {eta!r}; allowed: a number in 0 ... 1")
-    if eta and (np.diff(sigmas) >= 0).any():
-        raise ConfigError("sigmas don't fall, but eta isn't 0: noise is added on the way down only; use eta=0")
-    now = sigmas[:-1]
-    gamma = np.where((s_tmin <= now) & (now <= s_tmax), min(s_churn / len(now), math.sqrt(2) - 1), 0.0)
-    hat = np.where(gamma > 0, np.maximum(rounded(now * (1 + gamma)), now), now)
-    with np.errstate(divide="ignore"):
-        log_hat, log_next = np.log(hat), np.log(sigmas[1:])
-        # sigma_down^2 = sigma'^2 (1 - eta^2 (1 - sigma'^2 / sigma^2))
-        down = 0.5 * np.log1p(eta**2 * np.expm1(2 * (log_next - log_hat)))
-    lift = np.append(np.log1p((hat - now) / now), 0.0)
-    log_sigma = np.append(log_hat, log_next[-1])
-    return Churned(log_sigma, np.append(0.0, down) - lift, float(s_noise), EDMSchedule(), "sample", "ve", False)
-
-
-def checked(**numbers: object) -> bool:
-    """True; `ConfigError` for what is no number of at least 0 (infinity is one for s_churn and s_tmax)."""
-    for name, value in numbers.items():
-        number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-        most = math.inf if name in ("s_churn", "s_tmin", "s_tmax") else 1e3
-        if not number or not 0 <= value <= most:  # type: ignore[operator]
-            raise ConfigError(f"{name} is {value!r}; allowed: a number in 0 ... {most:g}")
-    return True
