@@ -230,7 +230,10 @@ def _log_sigmas(ends: tuple[float, float], n: int, spacing: Spacing) -> Floats:
             f'spacing={spacing!r} needs a least signal; this schedule ends at a terminal SNR of zero; use "trailing"'
         )
     if not isinstance(spacing, str) or spacing not in BY_LEVEL:
-        raise ConfigError(f"spacing is {spacing!r}; allowed with an EDMSchedule: 'karras', 'log_snr'")
+        raise ConfigError(
+            f"spacing is {spacing!r}; allowed with an EDMSchedule: 'karras', 'log_snr' (and prediction_type 'edm' or "
+            "'sample')"
+        )
     ramp = np.linspace(0.0, 1.0, n)
     if spacing == "log_snr":
         made = greatest + ramp * (least - greatest)
