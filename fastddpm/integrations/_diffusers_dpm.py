@@ -1,0 +1,183 @@
+"""diffusers' multistep DPM-Solver with a fused step. `fastddpm.integrations.diffusers` is where it is imported from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
+from torch import Tensor
+
+from . import _diffusers_rows as rows
+from ._diffusers_plan import LEARNED, PREDICTIONS, Fused, Plan
+
+
+class FusedDPMSolverMultistepScheduler(Fused, DPMSolverMultistepScheduler):
+    """diffusers' `DPMSolverMultistepScheduler` with a fused step (arXiv 2211.01095, algorithm 2); the same config."""
+
+    _plans: tuple[Plan, ...] = ()  # one for each order
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        mu: float | None = None,
+        timesteps: list[int] | None = None,
+    ) -> None:
+        """Set the time steps, as diffusers does, and compute their coefficients."""
+        super().set_timesteps(num_inference_steps, None, mu, timesteps)
+        host = self.timesteps.tolist()
+        self.timesteps = self.timesteps.to(device)
+        self._plans = self._made(host)
+
+    def index_for_timestep(self, timestep: Any, schedule_timesteps: Tensor | None = None) -> int:
+        """The index of a time step, as diffusers has it: where it is there twice, the second."""
+        if self.num_inference_steps is None or (
+            schedule_timesteps is not None and schedule_timesteps is not self.timesteps
+        ):
+            return super().index_for_timestep(timestep, schedule_timesteps)
+        plan = self._planned()[0]
+        at = plan.locate(timestep)
+        if at is None:
+            return len(plan.host) - 1
+        return plan.positions[plan.host[at]][:2][-1]
+
+    @torch.compiler.disable
+    def _init_step_index(self, timestep: Any) -> None:
+        """Where a trajectory starts. (Compiled code stops here, unless `set_begin_index` was called.)"""
+        self._step_index = self.index_for_timestep(timestep)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        generator: Any = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[Tensor, ...]:
+        """The previous sample, as diffusers' step, with the same arguments and results.
+
+        Raises `InputError` for a generator where `use_counter_noise` is on; else what diffusers raises.
+        """
+        self._checked_generator(generator)
+        m, x = model_output, sample
+        if self.num_inference_steps is not None and self._step_index is None:
+            if self._begin_index is None:
+                self._init_step_index(timestep)
+            else:
+                self._step_index = self._begin_index
+        at, plans = self._step_index, self._planned() if self.num_inference_steps is not None else ()
+        order = self._order(at) if plans else 0
+        plan = plans[order - 1] if 0 < order <= len(plans) else None
+        if plan is None or not 0 <= at < len(plan.rows) or plan.rows[at] is None or m.shape != x.shape:
+            return super().step(m, timestep, x, generator, variance_noise, return_dict)
+        past = self.model_outputs[len(self.model_outputs) - order + 1 :][::-1]  # as it is before this step
+        stochastic = self.config.algorithm_type.startswith("sde")
+        if (variance_noise is None or not stochastic) and self._kernel_takes(plan, at, m, x):
+            drawn = [self._drawn(m, torch.float32, at, generator)] if stochastic and self._seeds is None else []
+            prev, converted = self._step_by_kernel(plan, at, m, x, [*past, *drawn], False)
+            prev = prev.to(
+                m.dtype if self.config.prediction_type == "sample" else torch.promote_types(m.dtype, x.dtype)
+            )
+        elif all(v.dtype == torch.float32 for v in (m, x, *past)):
+            noise = variance_noise if variance_noise is None else variance_noise.to(m.device, torch.float32)
+            if stochastic and noise is None:
+                noise = self._drawn(m, torch.float32, at, generator)
+            row = plan.rows[at]
+            converted = self._converted(row, m, x)
+            prev = _combined(row, x, converted, past, noise if stochastic else None)
+        else:
+            return super().step(m, timestep, x, generator, variance_noise, return_dict)
+        self.model_outputs = [*self.model_outputs[1:], converted]
+        if self.lower_order_nums < self.config.solver_order:
+            self.lower_order_nums += 1
+        self._step_index = at + 1
+        return SchedulerOutput(prev_sample=prev) if return_dict else (prev,)
+
+    def _order(self, at: int) -> int:
+        """The order of a step: it rises at the start and falls at the end."""
+        config, n = self.config, len(self.timesteps)
+        few = config.lower_order_final and n < 15
+        order: int = min(config.solver_order, self.lower_order_nums + 1)
+        if at == n - 1 and (config.euler_at_final or few or config.final_sigmas_type == "zero"):
+            return 1
+        return min(order, 2) if at == n - 2 and few else order
+
+    def _converted(self, row: Sequence[float], m: Tensor, x: Tensor) -> Tensor:
+        """What the solver extrapolates: x0 for DPM-Solver++, else the noise; a fresh tensor."""
+        config, alpha, sigma = self.config, row[0], row[1]
+        if config.algorithm_type.endswith("++"):
+            if config.prediction_type == "epsilon":
+                x0 = (m * -sigma).add_(x).div_(alpha)
+            else:
+                x0 = (x * alpha).add_(m * -sigma) if config.prediction_type == "v_prediction" else m.clone()
+            return self._threshold_sample(x0) if config.thresholding else x0
+        if config.prediction_type == "v_prediction":
+            return (m * alpha).add_(x * sigma)
+        return (m * -alpha).add_(x).div_(sigma) if config.prediction_type == "sample" else m.clone()
+
+    def _planned(self) -> tuple[Plan, ...]:
+        if not self._plans or not self._plans[0].made_from(*self._seen()):
+            plans = self._plans
+            known = plans and plans[0].timesteps is self.timesteps
+            self._plans = self._made(plans[0].host if known else self.timesteps.tolist())
+        return self._plans
+
+    def _seen(self) -> tuple[Any, ...]:
+        return self._internal_dict, self.timesteps, self.sigmas
+
+    def _fits(self) -> bool:
+        """Whether there are rows for this config; diffusers does the others."""
+        config = self.config
+        noise = not config.algorithm_type.endswith("++")
+        return (
+            config.prediction_type in PREDICTIONS
+            and not config.use_flow_sigmas
+            and config.variance_type not in LEARNED
+            and config.solver_order in (1, 2, 3)
+            and config.solver_type in ("midpoint", "heun")
+            and not (noise and config.thresholding)
+            and not (config.algorithm_type == "sde-dpmsolver" and config.solver_order == 3)
+        )
+
+    def _made(self, host: list[int]) -> tuple[Plan, ...]:
+        config, fits = self.config, self._fits() and len(self.sigmas) == len(host) + 1
+        if not fits:
+            return (Plan(self.timesteps, host, [], [], None, self._seen()),)
+        alpha, sigma = self._sigma_to_alpha_sigma_t(self.sigmas.cpu())
+        algorithm, plans = config.algorithm_type, []
+        for order in range(1, config.solver_order + 1):
+            steps, back = rows.dpm_columns(alpha, sigma, order, algorithm, config.solver_type == "midpoint")
+            columns = [alpha[:-1], sigma[:-1], *steps, *back]
+            table = None if config.thresholding else self._table(order, columns)
+            plans.append(Plan(self.timesteps, host, columns, [True] * len(host), table, self._seen()))
+        return tuple(plans)
+
+    def _table(self, order: int, columns: Sequence[Tensor]) -> Any:
+        """The kernel's table, whose "x0" is what the solver extrapolates."""
+        a, b, x, d0, d1, d2, z, i0, i1, w, u = (c.double().numpy() for c in columns)
+        of = rows.predicted if self.config.algorithm_type.endswith("++") else rows.predicted_noise
+        with np.errstate(divide="ignore", invalid="ignore"):
+            x0_x, x0_m = of(self.config.prediction_type, a, b)
+            first, other = d1 * (1 + w) + d2 * u, d1 * w + d2 * u  # of D1_0 and of -D1_1
+            past = [first * i0, -first * i0 - other * i1, other * i1]
+        given = dict(x0_x=x0_x, x0_m=x0_m, x_x=x, x_x0=d0 + past[0], x_z=z)
+        given |= {f"x_h{k}": past[k] for k in range(1, order)} | ({f"x_h{order}": z} if z.any() else {})
+        return rows.table(len(a), **given)
+
+
+def _combined(row: Sequence[float], x: Tensor, m0: Tensor, past: Sequence[Tensor], noise: Tensor | None) -> Tensor:
+    """x' from this step's and the past predictions, by diffusers' operations in their order."""
+    _, _, c, d0, d1, d2, z, i0, i1, w, u = row
+    made = (x * c).add_(m0 * d0)
+    if len(past) == 1:
+        made.add_((m0 - past[0]).mul_(i0).mul_(d1))
+    elif len(past) == 2:
+        last = (m0 - past[0]).mul_(i0)
+        difference = last - (past[0] - past[1]).mul_(i1)
+        made.add_((difference * w).add_(last).mul_(d1)).add_((difference * u).mul_(d2))
+    return made if noise is None else made.add_(noise * z)

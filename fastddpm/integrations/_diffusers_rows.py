@@ -1,0 +1,133 @@
+"""The coefficients of diffusers' schedulers, all steps at once, in its own arithmetic.
+
+diffusers computes them anew in each step, from float32 scalars. Here the same float32 operations in the same order make
+columns of them, one value a step, so that the results stay equal to the last bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from fastddpm_kernels import columns as col
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+class Levels(NamedTuple):
+    """alpha_bar of each step's noise level and of the one behind it, float32 [n] on the CPU, and where they exist."""
+
+    now: Tensor
+    prev: Tensor
+    exists: list[bool]
+
+
+def levels(alphas_cumprod: Tensor, t: Sequence[int], prev: Sequence[int], final: Tensor | float) -> Levels:
+    """`Levels` of time steps t with prev behind them; `final` is alpha_bar behind the last one (prev below 0)."""
+    n = len(alphas_cumprod)
+    own, behind = (torch.tensor(v, dtype=torch.int64, device="cpu") for v in (t, prev))
+    last = torch.as_tensor(final, dtype=alphas_cumprod.dtype, device="cpu")
+    before = torch.where(behind >= 0, alphas_cumprod[behind.clamp(0, n - 1)], last)
+    return Levels(
+        alphas_cumprod[own.clamp(0, n - 1)], before, [0 <= a < n and b < n for a, b in zip(t, prev, strict=True)]
+    )
+
+
+def ddpm_columns(at: Levels, variance_type: str, last: Tensor) -> list[Tensor]:
+    """a, b, c0, c1, sigma of DDPM: x' = c0 x0 + c1 x + sigma z (Ho et al. 2020, eq. 7); [n] each.
+
+    a and b are sqrt(alpha_bar) and sqrt(1 - alpha_bar). `last`, bool [n]: where t = 0, which adds no noise.
+    """
+    rest, rest_prev = 1 - at.now, 1 - at.prev
+    alpha = at.now / at.prev
+    beta = 1 - alpha
+    x0 = (at.prev**0.5 * beta) / rest
+    x = alpha**0.5 * rest_prev / rest
+    variance = torch.clamp((1 - at.prev) / (1 - at.now) * beta, min=1e-20)
+    if variance_type == "fixed_small_log":
+        sigma = torch.exp(0.5 * torch.log(variance))
+    elif variance_type == "fixed_large":
+        sigma = beta**0.5
+    elif variance_type == "fixed_large_log":
+        sigma = torch.log(beta) ** 0.5  # NaN, as there
+    else:
+        sigma = variance**0.5
+    return [at.now**0.5, rest**0.5, x0, x, torch.where(last, 0.0, sigma)]
+
+
+def ddim_columns(at: Levels, eta: float) -> list[Tensor]:
+    """a, b, a_prev, direction, sigma of DDIM: x' = a_prev x0 + direction eps + sigma z (eq. 12 and 16); [n] each."""
+    variance = ((1 - at.prev) / (1 - at.now)) * (1 - at.now / at.prev)
+    sigma = eta * variance**0.5
+    return [at.now**0.5, (1 - at.now) ** 0.5, at.prev**0.5, (1 - at.prev - sigma**2) ** 0.5, sigma]
+
+
+def dpm_columns(
+    alpha: Tensor, sigma: Tensor, order: int, algorithm: str, midpoint: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    """DPM-Solver's steps of one order, over levels alpha, sigma [n + 1]; [n] each.
+
+    Returns:
+        (x, d0, d1, d2, z), the coefficients of x' = x X + d0 D0 + d1 D1 + d2 D2 + z Z, and (i0, i1, w, u) of the
+        differences D1_0 = i0 (m0 - m1), D1_1 = i1 (m1 - m2), D1 = D1_0 + w (D1_0 - D1_1), D2 = u (D1_0 - D1_1);
+        DPM-Solver++ (arXiv 2211.01095), algorithm 2 and appendix. What an order doesn't have is 0; the first order - 1
+        steps look back beyond the first level, and aren't to be used.
+    """
+    lam = torch.log(alpha) - torch.log(sigma)
+    alpha_t, sigma_t, alpha_s, sigma_s = alpha[1:], sigma[1:], alpha[:-1], sigma[:-1]
+    s = lam[:-1]
+    h, h0, h1 = lam[1:] - s, s - s.roll(1), s.roll(1) - s.roll(2)
+    data, sde = algorithm.endswith("++"), algorithm.startswith("sde")
+    scale = alpha_t if data else sigma_t
+    if data and sde:  # grows the other way than the others
+        grown = 1.0 - torch.exp(-2.0 * h)
+        d0, d1 = scale * grown, scale * (grown / (-2.0 * h) + 1.0)
+        d2 = scale * ((grown - 2.0 * h) / (2.0 * h) ** 2 - 0.5)
+    elif data:
+        grown = torch.exp(-h) - 1.0
+        d0, d1 = -(scale * grown), scale * (grown / h + 1.0)
+        d2 = -(scale * ((grown + h) / h**2 - 0.5))
+    else:
+        grown, twice = torch.exp(h) - 1.0, 2.0 if sde else 1.0
+        d0, d1 = -(twice * (scale * grown)), -(twice * (scale * (grown / h - 1.0)))
+        d2 = -(scale * ((grown - h) / h**2 - 0.5))
+    if order == 2 and midpoint:
+        d1 = 0.5 * d0
+    x = (sigma_t / sigma_s * torch.exp(-h) if sde else sigma_t / sigma_s) if data else alpha_t / alpha_s
+    z = sigma_t * torch.sqrt(1.0 - torch.exp(-2 * h) if data else torch.exp(2 * h) - 1.0)
+    none = torch.zeros_like(h)
+    r0, r1 = h0 / h, h1 / h
+    steps = [x, d0, d1 if order > 1 else none, d2 if order > 2 else none, z if sde else none]
+    back = [1.0 / r0, 1.0 / r1, r0 / (r0 + r1), 1.0 / (r0 + r1)]
+    return steps, [back[0] if order > 1 else none, *(v if order > 2 else none for v in back[1:])]
+
+
+# --- the same as rows of the step table, for the kernel ---------------------------------------------------------------
+
+Floats = NDArray[np.float64]
+
+
+def predicted(kind: str, a: Floats, b: Floats) -> tuple[Floats, Floats]:
+    """Coefficients of (x, m) in x0."""
+    if kind == "epsilon":
+        return 1 / a, -b / a
+    return (a, -b) if kind == "v_prediction" else (np.zeros_like(a), np.ones_like(a))
+
+
+def predicted_noise(kind: str, a: Floats, b: Floats) -> tuple[Floats, Floats]:
+    """Coefficients of (x, m) in the noise."""
+    if kind == "sample":
+        return 1 / b, -a / b
+    return (b, a) if kind == "v_prediction" else (np.zeros_like(a), np.ones_like(a))
+
+
+def table(n: int, **columns: Floats | float) -> Floats:
+    """A step table [n + 1, columns], an identity row behind n rows of the columns that are given."""
+    rows = np.zeros((n + 1, len(col.COLUMNS)))
+    rows[:, [col.C_IN, col.CLIP, col.X_X]] = 1.0, np.inf, 1.0
+    rows[:n, col.X_X], rows[:n, col.STEP], rows[:n, col.ADVANCE] = 0.0, np.arange(n), 1.0
+    for name, values in columns.items():
+        rows[:n, col.COLUMNS.index(name)] = values
+    return rows

@@ -1,0 +1,267 @@
+"""diffusers' schedulers with a fused step: ``pipe.scheduler = FusedDDIMScheduler.from_config(pipe.scheduler.config)``.
+
+Each is diffusers' own class (config, time steps, `add_noise`, saving and loading are its code) with another `step`. The
+coefficients are computed once, by diffusers' float32 arithmetic, when the time steps are set; on CUDA one kernel
+applies a row of them, elsewhere a few operations in place. A step doesn't wait for the device where it is given an item
+of `scheduler.timesteps`, or an int. Its noise is drawn as diffusers draws it. On the CPU, in float32 and float64, all
+results are diffusers' to the last bit; on CUDA they agree to rounding. What has no row here (learned variances, half
+precision on the CPU, a mix of dtypes) is done by diffusers' own `step`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler, DDIMSchedulerOutput
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler, DDPMSchedulerOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch import Tensor
+
+from . import _diffusers_rows as rows
+from ._diffusers_dpm import FusedDPMSolverMultistepScheduler
+from ._diffusers_plan import EXACT, LEARNED, PREDICTIONS, Fused, Plan
+
+__all__ = [
+    "FusedDDIMScheduler",
+    "FusedDDPMScheduler",
+    "FusedDPMSolverMultistepScheduler",
+    "SchedulerMixin",  # a pipeline's folder is loaded only through a module that has this name
+]
+
+FusedDPMSolverMultistepScheduler.__module__ = __name__  # where a saved pipeline looks for it
+
+
+class _FusedVP(Fused):
+    """DDPM and DDIM: what they have in common."""
+
+    def _planned(self, eta: float = 0.0) -> Plan:
+        """The plan of the time steps as they are now."""
+        raise NotImplementedError
+
+    def _seen(self) -> tuple[Any, ...]:
+        return self._internal_dict, self.timesteps, self.alphas_cumprod, self.num_inference_steps
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """q(x_t | x_0), as diffusers has it."""
+        return self._moving("add_noise", original_samples, noise, timesteps)
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) sample, as diffusers has it."""
+        return self._moving("get_velocity", sample, noise, timesteps)
+
+    def _moving(self, name: str, *args: Tensor) -> Tensor:
+        """Call diffusers' method, which moves `alphas_cumprod` to the samples' device: the plan stays."""
+        before = self._seen()
+        made: Tensor = getattr(super(), name)(*args)
+        if self._plan is not None and self._plan.made_from(*before):
+            self._plan.seen = self._seen()
+        return made
+
+    def _x0(self, row: Sequence[Any], m: Tensor, x: Tensor) -> Tensor:
+        """The predicted clean sample, limited, by diffusers' operations in their order; a fresh tensor."""
+        config, (a, b, *_) = self.config, row
+        if config.prediction_type == "epsilon":
+            x0 = (m * -b).add_(x).div_(a)
+        elif config.prediction_type == "v_prediction":
+            x0 = (x * a).add_(m * -b)
+        else:
+            x0 = m.clone()
+        if config.thresholding:
+            return self._threshold_sample(x0)
+        return x0.clamp_(-config.clip_sample_range, config.clip_sample_range) if config.clip_sample else x0
+
+    def _limits(self) -> dict[str, float]:
+        return {"clip": float(self.config.clip_sample_range)} if self.config.clip_sample else {}
+
+    def _eager(self, m: Tensor, x: Tensor) -> bool:
+        return m.dtype == x.dtype and m.dtype in EXACT and m.shape == x.shape and m.device == x.device
+
+
+class FusedDDPMScheduler(_FusedVP, DDPMScheduler):
+    """diffusers' `DDPMScheduler` with a fused step (Ho et al. 2020, algorithm 2); the same arguments and config."""
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: list[int] | None = None,
+    ) -> None:
+        """Set the time steps, as diffusers does, and compute their coefficients."""
+        super().set_timesteps(num_inference_steps, None, timesteps)
+        host = self.timesteps.tolist()
+        self.timesteps = self.timesteps.to(device)
+        self._plan = self._made(host)
+
+    def previous_timestep(self, timestep: Any) -> Any:
+        """The time step behind this one (-1 behind the last), as diffusers has it; an int for an int."""
+        if not isinstance(timestep, int) or not (self.custom_timesteps or self.num_inference_steps):
+            return super().previous_timestep(timestep)
+        plan = self._planned()
+        at = plan.locate(timestep)
+        return super().previous_timestep(timestep) if at is None else (*plan.host, -1)[at + 1]
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        generator: Any = None,
+        return_dict: bool = True,
+    ) -> DDPMSchedulerOutput | tuple[Tensor, ...]:
+        """x_{t-1} from x_t and the model's output, as diffusers' step, with the same arguments and results.
+
+        Raises `InputError` for a generator where `use_counter_noise` is on; else what diffusers raises.
+        """
+        self._checked_generator(generator)
+        plan, m, x = self._planned(), model_output, sample
+        if torch.compiler.is_compiling() and isinstance(timestep, Tensor):
+            at, t, row = 0, 1, plan.row_of(timestep)
+        else:
+            at = plan.locate(timestep)
+            if at is None:
+                return super().step(m, timestep, x, generator, return_dict)
+            t, row = plan.host[at], plan.rows[at]
+        if row is None or m.shape != x.shape:
+            return super().step(m, t, x, generator, return_dict)
+        if self._kernel_takes(plan, at, m, x):
+            prev, x0 = self._by_kernel(plan, at, m, x, generator)
+        elif self._eager(m, x):
+            x0 = self._x0(row, m, x)
+            prev = (x0 * row[2]).add_(x * row[3])
+            if t > 0:
+                prev.add_(self._drawn(m, m.dtype, at, generator).mul_(row[4]))
+        else:
+            return super().step(m, t, x, generator, return_dict)
+        return DDPMSchedulerOutput(prev_sample=prev, pred_original_sample=x0) if return_dict else (prev, x0)
+
+    def _by_kernel(self, plan: Plan, at: int, m: Tensor, x: Tensor, generator: Any) -> tuple[Tensor, Tensor]:
+        torch_noise = plan.host[at] > 0 and self._seeds is None
+        past = [self._drawn(m, m.dtype, at, generator)] if torch_noise else []
+        prev, x0 = self._step_by_kernel(plan, at, m, x, past, self.config.clip_sample)
+        return _as_stock(prev, x0, m, x, self.config.prediction_type)
+
+    def _planned(self, eta: float = 0.0) -> Plan:
+        plan = self._plan
+        if plan is None or not plan.made_from(*self._seen()):
+            plan = self._plan = self._made(self.timesteps.tolist())
+        return plan
+
+    def _seen(self) -> tuple[Any, ...]:
+        return *super()._seen(), self.variance_type, self.custom_timesteps
+
+    def _made(self, host: list[int]) -> Plan:
+        config = self.config
+        follows = self.custom_timesteps or self.num_inference_steps
+        prev = [*host[1:], -1] if follows else [t - 1 for t in host]
+        at = rows.levels(self.alphas_cumprod.cpu(), host, prev, self.one.cpu())
+        columns = rows.ddpm_columns(at, self.variance_type, torch.tensor(host) <= 0)
+        fits = self.variance_type not in LEARNED and config.prediction_type in PREDICTIONS
+        table = None
+        if fits and not config.thresholding:
+            a, b, c0, c1, sigma = (c.double().numpy() for c in columns)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                x0_x, x0_m = rows.predicted(config.prediction_type, a, b)
+            given = dict(x0_x=x0_x, x0_m=x0_m, x_x=c1, x_x0=c0, x_h1=sigma, x_z=sigma, **self._limits())
+            table = rows.table(len(host), **given)
+        return Plan(self.timesteps, host, columns, [fits and there for there in at.exists], table, self._seen())
+
+
+class FusedDDIMScheduler(_FusedVP, DDIMScheduler):
+    """diffusers' `DDIMScheduler` with a fused step (Song et al. 2021, eq. 12); the same arguments and config."""
+
+    _eta: float = 0.0
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        """Set the time steps, as diffusers does, and compute their coefficients."""
+        super().set_timesteps(num_inference_steps, None)
+        host = self.timesteps.tolist()
+        self.timesteps = self.timesteps.to(device)
+        self._plan = self._made(host)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: bool = False,
+        generator: Any = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> DDIMSchedulerOutput | tuple[Tensor, ...]:
+        """The previous sample, as diffusers' step, with the same arguments and results.
+
+        Raises `InputError` for a generator where `use_counter_noise` is on; else what diffusers raises.
+        """
+        self._checked_generator(generator)
+        m, x, others = model_output, sample, (eta, use_clipped_model_output, generator, variance_noise, return_dict)
+        if self.num_inference_steps is None or (eta > 0 and None not in (generator, variance_noise)):
+            return super().step(m, timestep, x, *others)  # raises
+        plan = self._planned(eta)
+        if torch.compiler.is_compiling() and isinstance(timestep, Tensor):
+            at, t, row = 0, timestep, plan.row_of(timestep)
+        else:
+            at = plan.locate(timestep)
+            if at is None:
+                return super().step(m, timestep, x, *others)
+            t, row = plan.host[at], plan.rows[at]
+        if row is None or m.shape != x.shape:
+            return super().step(m, t, x, *others)
+        clipped = use_clipped_model_output
+        if not clipped and variance_noise is None and self._kernel_takes(plan, at, m, x):
+            past = [self._drawn(m, m.dtype, at, generator)] if eta > 0 and self._seeds is None else []
+            prev, x0 = self._step_by_kernel(plan, at, m, x, past, self.config.clip_sample)
+            prev, x0 = _as_stock(prev, x0, m, x, self.config.prediction_type)
+        elif self._eager(m, x):
+            x0 = self._x0(row, m, x)
+            prev = (x0 * row[2]).add_(self._noise_term(row, m, x, x0 if clipped else None))
+            if eta > 0:
+                given = variance_noise
+                z = self._drawn(m, m.dtype, at, generator).mul_(row[4]) if given is None else given * row[4]
+                prev = prev + z if given is not None else prev.add_(z)
+        else:
+            return super().step(m, t, x, *others)
+        return DDIMSchedulerOutput(prev_sample=prev, pred_original_sample=x0) if return_dict else (prev, x0)
+
+    def _noise_term(self, row: Sequence[Any], m: Tensor, x: Tensor, clipped: Tensor | None) -> Tensor:
+        """direction * eps; with eps from the limited x0 where that is given."""
+        a, b, _, direction, _ = row
+        kind = self.config.prediction_type
+        if clipped is not None or kind == "sample":
+            return ((m if clipped is None else clipped) * -a).add_(x).div_(b).mul_(direction)
+        return m * direction if kind == "epsilon" else (m * a).add_(x * b).mul_(direction)
+
+    def _planned(self, eta: float = 0.0) -> Plan:
+        plan = self._plan
+        if plan is None or eta != self._eta or not plan.made_from(*self._seen()):
+            host = self.timesteps.tolist() if plan is None or plan.timesteps is not self.timesteps else plan.host
+            self._eta = eta
+            plan = self._plan = self._made(host)
+        return plan
+
+    def _seen(self) -> tuple[Any, ...]:
+        return *super()._seen(), self.final_alpha_cumprod
+
+    def _made(self, host: list[int]) -> Plan:
+        config = self.config
+        back = config.num_train_timesteps // (self.num_inference_steps or config.num_train_timesteps)
+        at = rows.levels(self.alphas_cumprod.cpu(), host, [t - back for t in host], self.final_alpha_cumprod)
+        columns = rows.ddim_columns(at, self._eta)
+        kind, fits, table = config.prediction_type, config.prediction_type in PREDICTIONS, None
+        if fits and not config.thresholding:
+            a, b, a_prev, direction, sigma = (c.double().numpy() for c in columns)
+            with np.errstate(divide="ignore", invalid="ignore"):
+                (x0_x, x0_m), (eps_x, eps_m) = rows.predicted(kind, a, b), rows.predicted_noise(kind, a, b)
+                x_x, x_m = direction * eps_x, direction * eps_m
+            given = dict(x0_x=x0_x, x0_m=x0_m, x_x=x_x, x_m=x_m, x_x0=a_prev, x_h1=sigma, x_z=sigma, **self._limits())
+            table = rows.table(len(host), **given)
+        return Plan(self.timesteps, host, columns, [fits and there for there in at.exists], table, self._seen())
+
+
+def _as_stock(prev: Tensor, x0: Tensor, m: Tensor, x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """(prev, x0) in the dtypes that diffusers' arithmetic gives them."""
+    both = torch.promote_types(m.dtype, x.dtype)
+    return prev.to(both), x0.to(m.dtype if kind == "sample" else both)
