@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -72,11 +73,12 @@ class FusedDPMSolverMultistepScheduler(Fused, DPMSolverMultistepScheduler):
                 self._step_index = self._begin_index
         at, plans = self._step_index, self._planned() if self.num_inference_steps is not None else ()
         order = self._order(at) if plans else 0
+        stochastic = self.config.algorithm_type.startswith("sde")
+        stock = partial(self._stock, super().step) if stochastic else super().step
         plan = plans[order - 1] if 0 < order <= len(plans) else None
         if plan is None or not 0 <= at < len(plan.rows) or plan.rows[at] is None or m.shape != x.shape:
-            return super().step(m, timestep, x, generator, variance_noise, return_dict)
+            return stock(m, timestep, x, generator, variance_noise, return_dict)
         past = self.model_outputs[len(self.model_outputs) - order + 1 :][::-1]  # as it is before this step
-        stochastic = self.config.algorithm_type.startswith("sde")
         if (variance_noise is None or not stochastic) and self._kernel_takes(plan, at, m, x):
             drawn = [self._drawn(m, torch.float32, at, generator)] if stochastic and self._seeds is None else []
             prev, converted = self._step_by_kernel(plan, at, m, x, [*past, *drawn], False)
@@ -91,7 +93,7 @@ class FusedDPMSolverMultistepScheduler(Fused, DPMSolverMultistepScheduler):
             converted = self._converted(row, m, x)
             prev = _combined(row, x, converted, past, noise if stochastic else None)
         else:
-            return super().step(m, timestep, x, generator, variance_noise, return_dict)
+            return stock(m, timestep, x, generator, variance_noise, return_dict)
         self.model_outputs = [*self.model_outputs[1:], converted]
         if self.lower_order_nums < self.config.solver_order:
             self.lower_order_nums += 1
@@ -153,7 +155,7 @@ class FusedDPMSolverMultistepScheduler(Fused, DPMSolverMultistepScheduler):
         for order in range(1, config.solver_order + 1):
             steps, back = rows.dpm_columns(alpha, sigma, order, algorithm, config.solver_type == "midpoint")
             columns = [alpha[:-1], sigma[:-1], *steps, *back]
-            table = None if config.thresholding else self._table(order, columns)
+            table = None if config.thresholding else partial(self._table, order, columns)
             plans.append(Plan(self.timesteps, host, columns, [True] * len(host), table, self._seen()))
         return tuple(plans)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -28,7 +28,6 @@ class Plan:
         timesteps: the scheduler's own tensor, [n].
         host: its values. (A tensor whose values were changed in place since isn't noticed.)
         rows: coefficients of the eager path, a tuple of numbers a row; None where diffusers is to be asked.
-        table: the same for the kernel, float64 [n + 1, columns]; None where there is no kernel for it.
         seen: what they were made from: attributes of the scheduler, compared by identity.
     """
 
@@ -38,21 +37,27 @@ class Plan:
         host: list[int],
         columns: Sequence[Tensor],
         exists: Sequence[bool],
-        table: Any,
+        table: Callable[[], Any] | None,
         seen: tuple[Any, ...],
     ) -> None:
-        self.timesteps, self.host, self.table, self.seen = timesteps, host, table, seen
+        self.timesteps, self.host, self.seen, self._made = timesteps, host, seen, table
         given = zip(*(c.tolist() for c in columns), strict=True)
-        self.rows = [row if there else None for row, there in zip(given, exists, strict=True)]
+        self.rows: list[Any] = [row if there else None for row, there in zip(given, exists, strict=True)]
         self.positions: dict[int, list[int]] = {}
         for i, t in enumerate(host):
             self.positions.setdefault(t, []).append(i)
-        if columns:
-            by_time = torch.zeros(max(host) + 1, len(columns), dtype=columns[0].dtype)
-            by_time[torch.tensor(host)] = torch.stack(list(columns), dim=1)
-            self._table_by_time = by_time.to(timesteps.device)
         self._pointer, self._stride = timesteps.data_ptr(), timesteps.stride(0) * timesteps.element_size()
         self._devices: dict[tuple[torch.device, int], tuple[Tensor, Tensor, Tensor]] = {}
+
+    @property
+    def has_table(self) -> bool:
+        """Whether there are rows for the kernel."""
+        return self._made is not None
+
+    @cached_property
+    def table(self) -> Any:
+        """The rows for the kernel, float64 [n + 1, columns], the last an identity row; made when they are asked for."""
+        return self._made() if self._made is not None else None
 
     def made_from(self, *seen: Any) -> bool:
         """Whether it was made from these very objects."""
@@ -73,9 +78,15 @@ class Plan:
         at = self.positions.get(int(timestep))
         return at[0] if at else None
 
+    def index_by_time(self, columns: Sequence[Tensor]) -> None:
+        """Prepare `row_of`."""
+        by_time = torch.zeros(max(self.host) + 1, len(columns), dtype=columns[0].dtype)
+        by_time[torch.tensor(self.host)] = torch.stack(list(columns), dim=1)
+        self._table_by_time = by_time.to(self.timesteps.device)
+
     def row_of(self, timestep: Tensor) -> tuple[Tensor, ...]:
         """The row of a time step that is in the schedule, as tensors: for compiled code, which can't see addresses."""
-        return self._table_by_time[timestep.to(self._table_by_time.device)].reshape(-1).unbind(0)
+        return self._table_by_time.index_select(0, timestep.reshape(1).to(self._table_by_time.device))[0].unbind(0)
 
     def on(self, device: torch.device, batch: int) -> tuple[Tensor, Tensor, Tensor]:
         """The kernel's table on a device, cursors, int32 [rows, batch], and seeds of 0; made once."""
@@ -106,6 +117,14 @@ class Fused:
     of it is in the config.
     """
 
+    config: Any  # these are of diffusers' class
+    _internal_dict: Any
+    timesteps: Any
+    alphas_cumprod: Any
+    num_inference_steps: Any
+    model_outputs: Any
+    _threshold_sample: Any
+
     _plan: Plan | None = None
     _seeds: int | Sequence[int] | None = None
     _seeds_on: tuple[Any, Tensor] | None = None
@@ -132,6 +151,15 @@ class Fused:
                 "a generator is given, and counter-based noise is on; use_counter_noise(None) turns it off"
             )
 
+    def _stock(self, step: Callable[..., Any], *args: Any) -> Any:
+        """diffusers' own step, which draws torch's noise."""
+        if self._seeds is not None:
+            raise InputError(
+                "this step is done by diffusers itself (for its config, dtype or time step), without counter-based noise; "
+                "turn that off: use_counter_noise(None)"
+            )
+        return step(*args)
+
     def _bits(self, batch: int, device: torch.device) -> Tensor:
         """The samples' seeds, int64 [batch] on the device."""
         key = (batch, device)
@@ -149,7 +177,7 @@ class Fused:
     def _kernel_takes(self, plan: Plan, row: int, model_output: Tensor, sample: Tensor) -> bool:
         """Whether the fused kernel does this step."""
         return (
-            plan.table is not None
+            plan.has_table
             and sample.device.type in self._kernel_devices
             and sample.dtype in (torch.float32, torch.float16, torch.bfloat16)
             and model_output.dtype in (torch.float32, torch.float16, torch.bfloat16)
@@ -166,15 +194,17 @@ class Fused:
         A step is elementwise, so that all samples can be one, in the order that they have in memory. Only where the
         kernel makes noise, whose counter is an element's index in its sample, they stay apart and in row-major order.
         """
-        counted = self._seeds is not None
-        order = sorted(range(sample.ndim), key=lambda d: 0 if counted else -sample.stride(d))
+        counted, strides = self._seeds is not None, sample.stride()
+        order = sorted(range(sample.ndim), key=lambda d: 0 if counted else -strides[d])
         turned = sample.permute(order)
         batch = sample.shape[0] if counted else 1
-        x, m, *past = (v.permute(order).reshape(batch, -1) for v in (sample, model_output, *past))
+        x, m, *past = [v.permute(order).reshape(batch, -1) for v in (sample, model_output, *past)]
         table, cursors, seeds = plan.on(sample.device, batch)
         if counted:
             seeds = self._bits(batch, sample.device)
-        history: dict[str, Tensor] = dict(zip(("h1", "h2", "h3"), (v.float() for v in past), strict=False))
-        out, x0, _ = reverse_step(x.float(), m, table, cursors[row], seeds, **history, limited=limited, noise=counted)
+        h1, h2, h3 = (*(v.float() for v in past), None, None, None)[:3]
+        out, x0, _ = reverse_step(
+            x.float(), m, table, cursors[row], seeds, h1=h1, h2=h2, h3=h3, limited=limited, noise=counted
+        )
         back = sorted(range(sample.ndim), key=order.__getitem__)
         return out.view(turned.shape).permute(back), x0.view(turned.shape).permute(back)

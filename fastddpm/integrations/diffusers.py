@@ -11,6 +11,7 @@ precision on the CPU, a mix of dtypes) is done by diffusers' own `step`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler, DDPMSchedulerOut
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
+from ..errors import InputError
 from . import _diffusers_rows as rows
 from ._diffusers_dpm import FusedDPMSolverMultistepScheduler
 from ._diffusers_plan import EXACT, LEARNED, PREDICTIONS, Fused, Plan
@@ -60,6 +62,19 @@ class _FusedVP(Fused):
             self._plan.seen = self._seen()
         return made
 
+    def _found(self, plan: Plan, timestep: Any) -> tuple[int, Any, Any]:
+        """(index, time step, row): the row is None where diffusers is to be asked.
+
+        In compiled code nobody knows a tensor's value: there the index is 0, the time step the tensor itself, and the
+        row made of tensors.
+        """
+        if torch.compiler.is_compiling() and isinstance(timestep, Tensor):
+            if self._seeds is not None:
+                raise InputError("counter-based noise in compiled code needs time steps that are ints, not tensors")
+            return 0, timestep, plan.row_of(timestep) if all(plan.rows) else None
+        at = plan.locate(timestep)
+        return (0, timestep, None) if at is None else (at, plan.host[at], plan.rows[at])
+
     def _x0(self, row: Sequence[Any], m: Tensor, x: Tensor) -> Tensor:
         """The predicted clean sample, limited, by diffusers' operations in their order; a fresh tensor."""
         config, (a, b, *_) = self.config, row
@@ -72,6 +87,17 @@ class _FusedVP(Fused):
         if config.thresholding:
             return self._threshold_sample(x0)
         return x0.clamp_(-config.clip_sample_range, config.clip_sample_range) if config.clip_sample else x0
+
+    def _plan_of(self, host: list[int], columns: Sequence[Tensor], exists: list[bool]) -> Plan:
+        """`Plan` of these columns; thresholding is not for the kernel."""
+        table = partial(self._table, columns) if any(exists) and not self.config.thresholding else None
+        plan = Plan(self.timesteps, host, columns, exists, table, self._seen())
+        plan.index_by_time(columns)
+        return plan
+
+    def _table(self, columns: Sequence[Tensor]) -> Any:
+        """The columns as rows of the kernel's table."""
+        raise NotImplementedError
 
     def _limits(self) -> dict[str, float]:
         return {"clip": float(self.config.clip_sample_range)} if self.config.clip_sample else {}
@@ -117,24 +143,18 @@ class FusedDDPMScheduler(_FusedVP, DDPMScheduler):
         """
         self._checked_generator(generator)
         plan, m, x = self._planned(), model_output, sample
-        if torch.compiler.is_compiling() and isinstance(timestep, Tensor):
-            at, t, row = 0, 1, plan.row_of(timestep)
-        else:
-            at = plan.locate(timestep)
-            if at is None:
-                return super().step(m, timestep, x, generator, return_dict)
-            t, row = plan.host[at], plan.rows[at]
+        at, t, row = self._found(plan, timestep)
         if row is None or m.shape != x.shape:
-            return super().step(m, t, x, generator, return_dict)
-        if self._kernel_takes(plan, at, m, x):
+            return self._stock(super().step, m, t, x, generator, return_dict)
+        if not isinstance(t, Tensor) and self._kernel_takes(plan, at, m, x):
             prev, x0 = self._by_kernel(plan, at, m, x, generator)
         elif self._eager(m, x):
             x0 = self._x0(row, m, x)
             prev = (x0 * row[2]).add_(x * row[3])
-            if t > 0:
+            if isinstance(t, Tensor) or t > 0:  # compiled code doesn't know; there sigma is 0
                 prev.add_(self._drawn(m, m.dtype, at, generator).mul_(row[4]))
         else:
-            return super().step(m, t, x, generator, return_dict)
+            return self._stock(super().step, m, t, x, generator, return_dict)
         return DDPMSchedulerOutput(prev_sample=prev, pred_original_sample=x0) if return_dict else (prev, x0)
 
     def _by_kernel(self, plan: Plan, at: int, m: Tensor, x: Tensor, generator: Any) -> tuple[Tensor, Tensor]:
@@ -159,14 +179,14 @@ class FusedDDPMScheduler(_FusedVP, DDPMScheduler):
         at = rows.levels(self.alphas_cumprod.cpu(), host, prev, self.one.cpu())
         columns = rows.ddpm_columns(at, self.variance_type, torch.tensor(host) <= 0)
         fits = self.variance_type not in LEARNED and config.prediction_type in PREDICTIONS
-        table = None
-        if fits and not config.thresholding:
-            a, b, c0, c1, sigma = (c.double().numpy() for c in columns)
-            with np.errstate(divide="ignore", invalid="ignore"):
-                x0_x, x0_m = rows.predicted(config.prediction_type, a, b)
-            given = dict(x0_x=x0_x, x0_m=x0_m, x_x=c1, x_x0=c0, x_h1=sigma, x_z=sigma, **self._limits())
-            table = rows.table(len(host), **given)
-        return Plan(self.timesteps, host, columns, [fits and there for there in at.exists], table, self._seen())
+        return self._plan_of(host, columns, [fits and there for there in at.exists])
+
+    def _table(self, columns: Sequence[Tensor]) -> Any:
+        a, b, c0, c1, sigma = (c.double().numpy() for c in columns)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            x0_x, x0_m = rows.predicted(self.config.prediction_type, a, b)
+        given = dict(x0_x=x0_x, x0_m=x0_m, x_x=c1, x_x0=c0, x_h1=sigma, x_z=sigma)
+        return rows.table(len(a), **given, **self._limits())
 
 
 class FusedDDIMScheduler(_FusedVP, DDIMScheduler):
@@ -201,17 +221,12 @@ class FusedDDIMScheduler(_FusedVP, DDIMScheduler):
         if self.num_inference_steps is None or (eta > 0 and None not in (generator, variance_noise)):
             return super().step(m, timestep, x, *others)  # raises
         plan = self._planned(eta)
-        if torch.compiler.is_compiling() and isinstance(timestep, Tensor):
-            at, t, row = 0, timestep, plan.row_of(timestep)
-        else:
-            at = plan.locate(timestep)
-            if at is None:
-                return super().step(m, timestep, x, *others)
-            t, row = plan.host[at], plan.rows[at]
+        at, t, row = self._found(plan, timestep)
+        stock = partial(self._stock, super().step) if eta > 0 else super().step
         if row is None or m.shape != x.shape:
-            return super().step(m, t, x, *others)
-        clipped = use_clipped_model_output
-        if not clipped and variance_noise is None and self._kernel_takes(plan, at, m, x):
+            return stock(m, t, x, *others)
+        clipped, given = use_clipped_model_output, variance_noise is not None
+        if not (clipped or given or isinstance(t, Tensor)) and self._kernel_takes(plan, at, m, x):
             past = [self._drawn(m, m.dtype, at, generator)] if eta > 0 and self._seeds is None else []
             prev, x0 = self._step_by_kernel(plan, at, m, x, past, self.config.clip_sample)
             prev, x0 = _as_stock(prev, x0, m, x, self.config.prediction_type)
@@ -219,11 +234,10 @@ class FusedDDIMScheduler(_FusedVP, DDIMScheduler):
             x0 = self._x0(row, m, x)
             prev = (x0 * row[2]).add_(self._noise_term(row, m, x, x0 if clipped else None))
             if eta > 0:
-                given = variance_noise
-                z = self._drawn(m, m.dtype, at, generator).mul_(row[4]) if given is None else given * row[4]
-                prev = prev + z if given is not None else prev.add_(z)
+                noise = variance_noise if given else self._drawn(m, m.dtype, at, generator)
+                prev = prev + noise * row[4]
         else:
-            return super().step(m, t, x, *others)
+            return stock(m, t, x, *others)
         return DDIMSchedulerOutput(prev_sample=prev, pred_original_sample=x0) if return_dict else (prev, x0)
 
     def _noise_term(self, row: Sequence[Any], m: Tensor, x: Tensor, clipped: Tensor | None) -> Tensor:
@@ -250,15 +264,16 @@ class FusedDDIMScheduler(_FusedVP, DDIMScheduler):
         back = config.num_train_timesteps // (self.num_inference_steps or config.num_train_timesteps)
         at = rows.levels(self.alphas_cumprod.cpu(), host, [t - back for t in host], self.final_alpha_cumprod)
         columns = rows.ddim_columns(at, self._eta)
-        kind, fits, table = config.prediction_type, config.prediction_type in PREDICTIONS, None
-        if fits and not config.thresholding:
-            a, b, a_prev, direction, sigma = (c.double().numpy() for c in columns)
-            with np.errstate(divide="ignore", invalid="ignore"):
-                (x0_x, x0_m), (eps_x, eps_m) = rows.predicted(kind, a, b), rows.predicted_noise(kind, a, b)
-                x_x, x_m = direction * eps_x, direction * eps_m
-            given = dict(x0_x=x0_x, x0_m=x0_m, x_x=x_x, x_m=x_m, x_x0=a_prev, x_h1=sigma, x_z=sigma, **self._limits())
-            table = rows.table(len(host), **given)
-        return Plan(self.timesteps, host, columns, [fits and there for there in at.exists], table, self._seen())
+        fits = config.prediction_type in PREDICTIONS
+        return self._plan_of(host, columns, [fits and there for there in at.exists])
+
+    def _table(self, columns: Sequence[Tensor]) -> Any:
+        kind, (a, b, a_prev, direction, sigma) = self.config.prediction_type, (c.double().numpy() for c in columns)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            (x0_x, x0_m), (eps_x, eps_m) = rows.predicted(kind, a, b), rows.predicted_noise(kind, a, b)
+            x_x, x_m = direction * eps_x, direction * eps_m
+        given = dict(x0_x=x0_x, x0_m=x0_m, x_x=x_x, x_m=x_m, x_x0=a_prev, x_h1=sigma, x_z=sigma)
+        return rows.table(len(a), **given, **self._limits())
 
 
 def _as_stock(prev: Tensor, x0: Tensor, m: Tensor, x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
