@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import solvers
+    from .acceleration import accelerate
     from .edm import EDMSchedule
     from .errors import FastDDPMError
     from .sampler import Sampler, sample
@@ -31,6 +32,7 @@ _HOMES = {
     "StepTable": "solvers",
     "UNet": "unet",
     "UNetConfig": "unet_config",
+    "accelerate": "acceleration",
     "sample": "sampler",
 }
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "StepTable",
     "UNet",
     "UNetConfig",
+    "accelerate",
     "sample",
     "solvers",
 ]
