@@ -23,8 +23,8 @@ network, labels = Network().eval(), torch.arange(8)
 # torch.export: exported as the sampler calls it, the condition by its name, and for any batch
 batch = torch.export.Dim("batch", min=2)
 rows = {name: {0: batch} for name in ("x", "t", "label")}
-x, t = torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64)
-exported = torch.export.export(network, (x, t), {"label": t}, dynamic_shapes=rows).module()
+x, t, label = torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)
+exported = torch.export.export(network, (x, t), {"label": label}, dynamic_shapes=rows).module()
 
 schedule = fastddpm.NoiseSchedule.linear()
 table = fastddpm.solvers.dpm_solver(schedule, 10, prediction_type="sample")
