@@ -57,7 +57,7 @@ def classifier_guided(
             or ends at a terminal SNR of zero (where x_t says nothing, and the step would be infinite).
         InputError: when it is called, where `log_prob` returns no [B].
     """
-    _check_scale(scale)
+    _check_guide(model, log_prob, scale)
     if prediction_type not in PREDICTION_TYPES:
         allowed = ", ".join(map(repr, PREDICTION_TYPES))
         raise ConfigError(f"prediction_type is {prediction_type!r}; allowed: {allowed}")
@@ -82,7 +82,7 @@ def classifier_guided_mean(model: Model, log_prob: LogProb, table: StepTable, sc
     Raises:
         ConfigError: for a table in which that isn't exact, or that has no noise.
     """
-    _check_scale(scale)
+    _check_guide(model, log_prob, scale)
     t = table.timesteps
     for wrong, why in (
         (table.limited or table.dynamic, "clips x_0, after which the mean isn't linear in the model's output"),
@@ -141,6 +141,8 @@ def _guided(
         if not isinstance(log_p, Tensor) or log_p.shape != t.shape:
             given = tuple(log_p.shape) if isinstance(log_p, Tensor) else type(log_p).__name__
             raise InputError(f"log_prob returned {given}; needed: a tensor ({len(x)},), log p(y | x_t) of each sample")
+        if not log_p.requires_grad:
+            raise InputError("log_prob returned a tensor without a gradient; is x detached in it, or no_grad set?")
         (gradient,) = torch.autograd.grad(log_p.sum(), at)
     channels = x.shape[1]
     prediction, variance = output[:, :channels], output[:, channels:]
@@ -191,6 +193,9 @@ class _ByTime:
         return tuple(v.reshape(-1, *[1] * (like.ndim - 1)) for v in values.unbind(1))
 
 
-def _check_scale(scale: object) -> None:
+def _check_guide(model: object, log_prob: object, scale: object) -> None:
+    for name, given in (("model", model), ("log_prob", log_prob)):
+        if not callable(given):
+            raise ConfigError(f"{name} is a {type(given).__name__}; needed: a callable")
     if isinstance(scale, bool) or not isinstance(scale, int | float | np.number) or not math.isfinite(scale):
         raise ConfigError(f"scale is {scale!r}; allowed: a finite number (1.0: the classifier as it is)")

@@ -80,16 +80,21 @@ class Inputs:
         mask: Tensor | None = None,
     ) -> Inputs:
         """The arguments of `Sampler.sample`, checked. Raises `InputError` for what is not allowed."""
-        shape = tuple(shape)
-        if len(shape) < 2 or any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in shape):
-            raise InputError(f"shape is {shape}; needed: (batch, ...), whole numbers of at least 1, as (16, 3, 32, 32)")
-        if x_T is not None and tuple(x_T.shape) != shape:
-            raise InputError(f"x_T has shape {tuple(x_T.shape)}, shape is {shape}; they must be the same")
+        shape = _shape(shape)
+        _check_x_T(x_T, shape)
+        for name, mapping in (("model_kwargs", model_kwargs), ("unconditional_kwargs", unconditional_kwargs)):
+            if not isinstance(mapping, Mapping | None):
+                raise InputError(f'{name} is a {type(mapping).__name__}; needed: a dict, as {{"class_labels": labels}}')
         kwargs, batch = dict(model_kwargs or {}), shape[0]
-        if guidance_scale is None and unconditional_kwargs is not None:
-            raise InputError("unconditional_kwargs are given without guidance_scale; give a number, as 3.0 (1.0: off)")
         guidance = _per_sample("guidance_scale", guidance_scale, batch, off=1.0)
         rescale = _per_sample("guidance_rescale", guidance_rescale, batch, off=0.0, most=1.0)
+        for name, given in (
+            ("unconditional_kwargs", unconditional_kwargs),
+            ("guidance_interval", guidance_interval),
+            ("guidance_rescale", rescale),
+        ):
+            if guidance_scale is None and given is not None:
+                raise InputError(f"{name} is given without guidance_scale; give a number, as 3.0 (1.0: off)")
         guided = guidance is not None
         known, mask = _inpainting(known, mask, shape, table)
         return cls(
@@ -131,6 +136,24 @@ class Inputs:
             known=taken(self.known),
             mask=taken(self.mask),
         )
+
+
+def _shape(given: Sequence[int]) -> tuple[int, ...]:
+    """`given` as a tuple of integers. Raises `InputError` unless it has two, all of at least 1."""
+    shape = tuple(given) if isinstance(given, Sequence) else ()
+    if len(shape) < 2 or any(isinstance(s, bool) or not isinstance(s, int | np.integer) or s < 1 for s in shape):
+        raise InputError(f"shape is {given}; needed: (batch, ...), whole numbers of at least 1, as (16, 3, 32, 32)")
+    return tuple(int(s) for s in shape)
+
+
+def _check_x_T(x_T: Tensor | None, shape: tuple[int, ...]) -> None:
+    if x_T is None:
+        return
+    if not isinstance(x_T, Tensor) or not x_T.is_floating_point():
+        what = x_T.dtype if isinstance(x_T, Tensor) else type(x_T).__name__
+        raise InputError(f"x_T is a {what}; needed: a tensor of a float dtype")
+    if tuple(x_T.shape) != shape:
+        raise InputError(f"x_T has shape {tuple(x_T.shape)}, shape is {shape}; they must be the same")
 
 
 def _has_rows(value: object, batch: int) -> bool:
@@ -184,8 +207,8 @@ def _half(conditional: Any, given: Any, batch: int) -> Any:
         if not same:
             raise InputError("unconditional_kwargs differ from model_kwargs in a value that has not a row a sample")
         return conditional
-    if isinstance(given, int | float) and not isinstance(given, bool):
-        return torch.full_like(conditional, given)
+    if isinstance(given, int | float | np.number) and not isinstance(given, bool):
+        return _filled(conditional, given)
     if not isinstance(given, Tensor) or given.dtype != conditional.dtype:
         what = given.dtype if isinstance(given, Tensor) else type(given).__name__
         raise InputError(f"unconditional_kwargs hold a {what} where model_kwargs hold a {conditional.dtype} tensor")
@@ -195,6 +218,17 @@ def _half(conditional: Any, given: Any, batch: int) -> Any:
             f"{tuple(conditional.shape)}; allowed: the same, or one row for all samples"
         )
     return given.to(conditional.device).expand(conditional.shape)
+
+
+def _filled(like: Tensor, value: Any) -> Tensor:
+    """A tensor of one number; `InputError` where its dtype would make another one of it (10.5 of integers: 10)."""
+    try:
+        made = torch.full_like(like, value)
+    except (RuntimeError, OverflowError, TypeError):
+        made = None
+    if made is None or (not like.is_floating_point() and not bool((made == value).all())):
+        raise InputError(f"unconditional_kwargs hold {value!r}, where model_kwargs hold a {like.dtype} tensor")
+    return made
 
 
 def _rows_within(interval: tuple[float, float] | None, table: StepTable) -> Tensor | None:

@@ -113,17 +113,37 @@ def interpolate(
         [len(weights), B, ...]; ``made.flatten(0, 1)`` is `pictures.grid`'s (columns=B).
 
     Raises:
-        InputError: for pictures of different shapes or no weights; and what `Sampler.sample` and `noised` raise.
+        InputError: for pictures that differ in shape, dtype or device, or no weights; and what `Sampler.sample` and
+            `noised` raise.
     """
-    if first.shape != second.shape:
-        raise InputError(f"the pictures have shapes {tuple(first.shape)} and {tuple(second.shape)}; needed: the same")
+    _check_pictures(first, second)
+    for name in ("shape", "dtype", "device"):
+        one, other = (getattr(image, name) for image in (first, second))
+        if one != other:
+            raise InputError(f"the pictures differ in {name}: {one} and {other}; needed: the same")
+    shares = _shares(weights)
+    a, b = (noised(image, sampler.table, seeds) for image in (first, second))
+    mixed = (torch.lerp(a, b, w) for w in shares)
+    return torch.stack([sampler.sample(a.shape, seeds=seeds, x_T=x_T, **guidance) for x_T in mixed])
+
+
+def _check_pictures(*images: object) -> None:
+    for image in images:
+        if not isinstance(image, Tensor):
+            raise InputError(f"the picture is a {type(image).__name__}; needed: a float32 tensor [B, ...]")
+
+
+def _shares(weights: int | Sequence[float]) -> list[float]:
+    """The weights of `interpolate`, each a finite number."""
     if isinstance(weights, int):
         weights = np.linspace(0.0, 1.0, weights).tolist() if weights > 1 else []
-    if not len(weights):
-        raise InputError("weights: needed at least 2 of them, or a list of numbers, as [0, 0.5, 1]")
-    a, b = (noised(image, sampler.table, seeds) for image in (first, second))
-    mixed = (torch.lerp(a, b, float(w)) for w in weights)
-    return torch.stack([sampler.sample(a.shape, seeds=seeds, x_T=x_T, **guidance) for x_T in mixed])
+    try:
+        shares = [float(w) for w in weights]
+    except (TypeError, ValueError):
+        shares = []
+    if not shares or not np.isfinite(shares).all():
+        raise InputError(f"weights: needed at least 2, or a list of numbers, as [0, 0.5, 1]; given: {weights!r}")
+    return shares
 
 
 def inpaint(
@@ -141,8 +161,10 @@ def inpaint(
         seeds, guidance: as in `Sampler.sample`.
 
     Returns:
-        [B, ...] as of `Sampler.sample`, the picture itself where the mask is True. Raises what that raises.
+        [B, ...] as of `Sampler.sample`, the picture itself where the mask is True (with ``final_sigma="sigma_min"``:
+        with that much noise). Raises what that raises, and `InputError` for an image that is no tensor.
     """
+    _check_pictures(image)
     return sampler.sample(image.shape, seeds=seeds, known=image, mask=mask, **guidance)
 
 

@@ -236,6 +236,11 @@ LABEL = {"label": LABELS}
 WRONG = [
     (dict(guidance_scale=2.0), "guidance_scale needs unconditional_kwargs"),
     (dict(unconditional_kwargs={"label": 0}), "without guidance_scale"),
+    (dict(guidance_interval=(0.1, 1)), "guidance_interval is given without guidance_scale"),
+    (dict(guidance_rescale=0.7), "guidance_rescale is given without guidance_scale"),
+    (dict(guidance_scale=2.0, unconditional_kwargs={"label": 0.5}), r"hold 0.5, where .* torch.int64"),
+    (dict(guidance_scale=2.0, unconditional_kwargs={"label": math.nan}), r"hold nan, where .* torch.int64"),
+    (dict(guidance_scale=2.0, unconditional_kwargs={"label": 10**30}), r"hold 10*, where .* torch.int64"),
     (dict(guidance_scale=[1.0, 2.0], unconditional_kwargs={"label": 0}), r"guidance_scale has shape \(2,\) for 3"),
     (dict(guidance_scale=math.nan, unconditional_kwargs={"label": 0}), "guidance_scale is nan; allowed: a finite"),
     (dict(guidance_scale=True, unconditional_kwargs={"label": 0}), "guidance_scale is True"),
@@ -263,6 +268,12 @@ def test_wrong_guidance_is_refused_in_a_line_before_the_model_runs(arguments, wo
         with pytest.raises(InputError, match=words) as caught:
             refused(**given)
         assert "\n" not in str(caught.value)
+
+
+def test_the_unconditional_number_may_be_numpys():
+    given = dict(seeds=3, guidance_scale=2.0, model_kwargs={"label": LABELS})
+    made = [Sampler(model, TABLE).sample((3, 10), unconditional_kwargs={"label": u}, **given) for u in (4, np.int64(4))]
+    assert torch.equal(*made)
 
 
 def test_an_interval_needs_a_table_that_knows_its_levels():
@@ -396,6 +407,8 @@ def test_wrapped_modules_are_found_and_the_models_dtype_is_its_own():
     [
         (lambda: classifier_guided(model, model, SCHEDULE, math.inf), "scale is inf"),
         (lambda: classifier_guided(model, model, SCHEDULE, True), "scale is True"),
+        (lambda: classifier_guided(model, None, SCHEDULE), "log_prob is a NoneType; needed: a callable"),
+        (lambda: classifier_guided(3, model, SCHEDULE), "model is a int; needed: a callable"),
         (lambda: classifier_guided(model, model, SCHEDULE, prediction_type="eps"), "prediction_type is 'eps'"),
         (lambda: classifier_guided(model, model, EDMSchedule()), "needed: a NoiseSchedule"),
         (lambda: classifier_guided(model, model, SCHEDULE.rescale_zero_terminal_snr()), "alpha_bar is above 0"),
@@ -421,6 +434,12 @@ def test_what_can_not_be_guided(make, words):
 def test_a_log_prob_that_is_not_one_number_a_sample():
     guided = classifier_guided(lambda x, t: x, lambda x, t: x.sum(), SCHEDULE)
     with pytest.raises(InputError, match=r"log_prob returned \(\); needed: a tensor \(2,\)"):
+        Sampler(guided, TABLE).sample((2, 4), seeds=0)
+
+
+def test_a_log_prob_without_a_gradient():
+    guided = classifier_guided(lambda x, t: x, lambda x, t: x.detach().sum(1), SCHEDULE)
+    with pytest.raises(InputError, match="log_prob returned a tensor without a gradient"):
         Sampler(guided, TABLE).sample((2, 4), seeds=0)
 
 

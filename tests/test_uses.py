@@ -158,11 +158,16 @@ def test_interpolation_mixes_the_noised_pictures():
     expected = sampler.sample(SHAPE, seeds=6, x_T=0.75 * x_t + 0.25 * other)
     assert (made[1] - expected).abs().max() < 1e-4
     assert torch.equal(interpolate(sampler, IMAGE, OTHER, seeds=6, weights=[0.25])[0], made[1])
-    for weights in (0, 1, []):
+    for weights in (0, 1, [], 0.5, None, "ab", [0.5, math.nan]):
         with pytest.raises(InputError, match="weights: needed"):
             interpolate(sampler, IMAGE, OTHER, seeds=0, weights=weights)
     with pytest.raises(InputError, match="needed: the same"):
         interpolate(sampler, IMAGE, OTHER[:2], seeds=0)
+    with pytest.raises(InputError, match="differ in dtype"):
+        interpolate(sampler, IMAGE.double(), OTHER, seeds=0)
+    for use in (inpaint, interpolate):
+        with pytest.raises(InputError, match="the picture is a list"):
+            use(sampler, [1.0], HALF, seeds=0)
 
 
 def test_uses_are_guided_too():
