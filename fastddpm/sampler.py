@@ -46,6 +46,8 @@ class Sampler:
         dtype: dtype of the model's input; None: that of its parameters, or float32 where it has none.
         graph: on CUDA, "auto" captures a step into a CUDA graph and replays it (for a model that can't be captured: one
             warning, then the eager loop with the same bytes); True insists; False never does. On a CPU there is none.
+            A number that the model reads elsewhere than in its arguments (in a closure, an attribute) stays what it
+            was at the capture: give it in model_kwargs.
         batch_size: compute in batches of exactly this many samples, the last one padded. The result of a seed is then
             the same, bit for bit, whatever it is sampled with. None: one batch of all.
         device: where to sample; None: where the model's parameters are, or x_T, or the CPU.
@@ -81,7 +83,10 @@ class Sampler:
         self.batch_size, self.state_dtype = batch_size, state_dtype
         self._dtype = dtype
         self._model_dtype()  # refuses a wrong one now
-        self.device = None if device is None else torch.device(device)
+        try:
+            self.device = None if device is None else torch.device(device)
+        except (RuntimeError, TypeError) as error:
+            raise InputError(f"device is {device!r}; allowed: None, 'cpu', 'cuda' or 'cuda:0'") from error
         self._lock = threading.Lock()
         self._captured: graphs.RecentlyUsed[tuple[Buffers, Callable[[], None]]] = graphs.RecentlyUsed()
         self._captured_for: object = None
@@ -228,7 +233,7 @@ class Sampler:
         """Buffers, and the function that does a step on them: eagerly, or by replaying a graph."""
         device = self._device(part.x_T)
         if self._wants_graph(device):
-            fingerprint = graphs.fingerprint(self.model)
+            fingerprint = (self.model, self.table, graphs.fingerprint(self.model))
             if fingerprint != self._captured_for:
                 self._captured.clear()
                 self._captured_for = fingerprint

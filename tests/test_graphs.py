@@ -164,6 +164,18 @@ def test_new_shapes_and_arguments_get_graphs_of_their_own(monkeypatch):
     assert fake.captures == 9
 
 
+def test_another_model_or_table_gets_a_graph_of_its_own(monkeypatch):
+    net, other = Net(), solvers.ddim(NoiseSchedule.linear(), 6)
+    models = [functools.partial(net, gain=gain) for gain in (1.0, 2.0)]
+    runs = [(models[0], TABLE), (models[1], TABLE), (models[1], other)]
+    eager = [Sampler(model, table).sample((2, 5), seeds=0) for model, table in runs]
+    fake = FakeCapture(monkeypatch)
+    sampler = Sampler(*runs[0])
+    for count, ((sampler.model, sampler.table), expected) in enumerate(zip(runs, eager, strict=True), start=1):
+        assert torch.equal(sampler.sample((2, 5), seeds=0), expected)
+        assert fake.captures == count
+
+
 def test_guidance_and_inpainting_have_graphs_of_their_own_and_their_numbers_have_not(monkeypatch):
     """A graph is for what a step does; scales, intervals, what is known and where, are written into its buffers."""
     shift, unconditional, table = torch.tensor([1.0, 2.0]), {"shift": 0.0}, solvers.ddpm(NoiseSchedule.linear(), 6)

@@ -5,6 +5,7 @@ import math
 import threading
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from fastddpm_kernels import columns as col
@@ -279,7 +280,12 @@ def test_what_is_not_finite_is_an_error_that_names_sample_and_step(bad):
         (dict(shape=(2, 4), seeds=2**64), r"0 \.\.\. 2\^64 - 1"),
         (dict(shape=(2, 4), seeds=-1), r"0 \.\.\. 2\^64 - 1"),
         (dict(shape=(2, 4), seeds=[1, 2, 3]), "3 seeds were given for 2 samples"),
+        (dict(shape=16, seeds=0), r"shape is 16; needed: \(batch, ...\)"),
         (dict(shape=(2, 4), seeds=0, x_T=torch.zeros(2, 5)), r"x_T has shape \(2, 5\)"),
+        (dict(shape=(2, 4), seeds=0, x_T=np.zeros((2, 4))), "x_T is a ndarray"),
+        (dict(shape=(2, 4), seeds=0, x_T=torch.zeros(2, 4, dtype=torch.uint8)), "x_T is a torch.uint8"),
+        (dict(shape=(2, 4), seeds=0, model_kwargs=[1]), "model_kwargs is a list; needed: a dict"),
+        (dict(shape=(2, 4), seeds=0, guidance_scale=2.0, unconditional_kwargs=5), "unconditional_kwargs is a int"),
     ],
 )
 def test_bad_arguments_are_refused_before_the_model_runs(arguments, words):
@@ -299,6 +305,7 @@ def test_bad_arguments_are_refused_before_the_model_runs(arguments, words):
         (dict(graph="always"), "allowed: 'auto'"),
         (dict(state_dtype=torch.float16), "state_dtype is torch.float16"),
         (dict(graph=0), "allowed: 'auto'"),
+        (dict(device="gpu"), "device is 'gpu'; allowed: None, 'cpu'"),
         (dict(batch_size=0), "batch_size is 0"),
         (dict(batch_size=2.5), "batch_size is 2.5"),
         (dict(dtype=torch.int32), "floating-point"),
@@ -308,6 +315,11 @@ def test_bad_arguments_are_refused_before_the_model_runs(arguments, words):
 def test_bad_samplers(arguments, words):
     with pytest.raises(InputError, match=words):
         Sampler(**{**dict(model=lambda x, t: x, table=SHORT), **arguments})
+
+
+def test_a_shape_of_numpy_integers():
+    made = Sampler(lambda x, t: x, SHORT).sample((np.int64(2), np.int32(4)), seeds=0)
+    assert torch.equal(made, Sampler(lambda x, t: x, SHORT).sample((2, 4), seeds=0))
 
 
 def test_a_shape_that_the_unet_can_not_take(unet):
