@@ -7,6 +7,7 @@ purpose is one line on stderr and its own exit code (`fastddpm.errors`); ``--deb
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import traceback
@@ -189,7 +190,7 @@ def sample(as_json: bool, **options: Any) -> None:
     for note in result.pop("notes"):
         click.echo(f"note: {note}", err=True)
     if as_json:
-        click.echo(json.dumps(result))
+        _print_json(result)
         return
     files = " and ".join(str(result[name]) for name in ("out", "trace") if result[name])
     click.echo(f"wrote {files}")
@@ -210,7 +211,7 @@ def solvers(as_json: bool) -> None:
 
     known = {name: solvers.options(name) for name in solvers.names()}
     if as_json:
-        click.echo(json.dumps({name: dict(options) for name, options in known.items()}, default=repr))
+        _print_json({name: dict(options) for name, options in known.items()})
         return
     for name, options in known.items():
         click.echo(f"{name}: {solvers.summary(name)}")
@@ -237,11 +238,24 @@ def info(as_json: bool) -> None:
         "weights": list(pretrained.shipped()),
     }
     if as_json:
-        click.echo(json.dumps(facts))
+        _print_json(facts)
         return
     for name, value in facts.items():
         said = ", ".join(value) or "none" if isinstance(value, list) else value or "not installed"
         click.echo(f"{name:<10}{said}")
+
+
+def _print_json(value: object) -> None:
+    click.echo(json.dumps(_in_json(value), allow_nan=False))
+
+
+def _in_json(value: Any) -> Any:
+    """`value` for JSON, which has no infinite numbers: these as text, "inf", which ``--set`` reads again."""
+    if isinstance(value, dict):
+        return {name: _in_json(v) for name, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_in_json(v) for v in value]
+    return repr(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _version(package: str) -> str | None:

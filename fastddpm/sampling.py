@@ -72,7 +72,11 @@ class Request:
                 raise InputError(f"--set is {setting!r}; needed: NAME=VALUE, as order=3")
             if name in made:
                 raise InputError(f"--set gives {name} a second time; give it once")
+            if name in ("solver", "schedule", "steps"):
+                raise InputError(f"--set is {setting!r}; {name} is no option of a solver")
             made[name] = _value(value)
+        if made.get("start"):
+            raise InputError("--set gives start, which needs a picture to start from: uses.image_to_image, in Python")
         return made
 
     def check(self) -> None:
@@ -91,12 +95,13 @@ class Request:
 
 
 def _value(text: str) -> object:
-    """A setting's value: a number, true, false, none, a list of numbers ([10,10,20]), or else text."""
+    """A setting's value: a number, inf, true, false, none, a list of numbers ([10,10,20]), or else text."""
+    words = {"none": None, "true": True, "false": False, "inf": math.inf}
+    if text.lower() in words:
+        return words[text.lower()]
     try:
-        return json.loads(
-            {"none": "null"}.get(text.lower(), text.lower() if text.lower() in ("true", "false") else text)
-        )
-    except json.JSONDecodeError:
+        return json.loads(text)
+    except (ValueError, RecursionError):  # ValueError: an integer of too many digits too
         return text
 
 
@@ -267,7 +272,8 @@ def traced(
     n = min(n, batch)
     for state in sampler.trace((batch, *shape), seeds=request.seed, progress=progress, **told):
         if state.step in moments:
-            pairs = np.stack([state.x[:n].cpu().numpy(), state.x0[:n].cpu().numpy()], axis=1)  # [n, 2, C, H, W]
+            scale = max(1.0, math.hypot(*table.levels[state.step + 1]))  # of a variance exploding state
+            pairs = np.stack([state.x[:n].cpu().numpy() / scale, state.x0[:n].cpu().numpy()], axis=1)  # [n, 2, C, H, W]
             frames.append(pairs.reshape(2 * n, *shape))
             captions.append(f"step {state.step + 1}")
     return pictures.filmstrip(frames, captions=captions)

@@ -1,6 +1,7 @@
 """The command line as its users meet it: what is said, what is written, and what happens when something is wrong."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -375,6 +376,21 @@ def test_python_callers_get_exceptions_and_progress(models, here, capsys):
     assert "sampling: 100%" in capsys.readouterr().err
 
 
+def test_a_filmstrip_shows_a_variance_exploding_state_as_the_preserving_one(models, here, monkeypatch):
+    shown, strip = [], pictures.filmstrip
+    monkeypatch.setattr(pictures, "filmstrip", lambda frames, **given: shown.extend(frames) or strip(frames, **given))
+    sample(models, "--solver", "euler", "--steps", 9, "--dtype", "float32", "--trace", "film.png")
+    folder = models / "classes"
+    table = sampling.SchedulerConfig.from_folder(folder).table("euler", 9)
+    labels = {"class_labels": torch.tensor([0, 1, 2, 0])}
+    steps = fastddpm.Sampler(fastddpm.UNet.from_pretrained(folder), table).trace(
+        (4, 1, 8, 8), seeds=0, model_kwargs=labels
+    )
+    for frame, (alpha, sigma), step in zip(shown, table.levels[1:], steps, strict=True):
+        assert np.abs(frame[0] - step.x[0].numpy() / np.hypot(alpha, sigma)).max() < 1e-3
+    assert np.hypot(*table.levels[1]) > 1.1
+
+
 # ---- the solver's options, and guidance ------------------------------------------------------------------------------
 
 
@@ -402,7 +418,11 @@ def test_options_of_the_solver_are_passed_on(models, here):
         ("[10,20]", [10, 20]),
         ("karras", "karras"),
         ("1,2", "1,2"),
+        ("inf", math.inf),
+        ("9" * 5000, "9" * 5000),
+        ("[" * 100_000, "[" * 100_000),
     ],
+    ids=lambda value: str(value)[:9],
 )
 def test_what_a_setting_means(text, value):
     assert Request(settings=(f"name={text}",)).solver_options == {"name": value}
@@ -416,6 +436,9 @@ def test_what_a_setting_means(text, value):
         (("--set", "ordr=1"), "solver ddim has no option 'ordr'"),
         (("--guidance", "nan"), "--guidance is nan; allowed: a number"),
         (("--solver", "ddim_inversion"), "starts from a picture"),
+        (("--set", "steps=5"), "steps is no option of a solver"),
+        (("--set", "schedule=5"), "schedule is no option of a solver"),
+        (("--set", "start=2"), "needs a picture to start from"),
     ],
 )
 def test_bad_settings_are_one_line(models, here, arguments, words):
@@ -477,7 +500,13 @@ def test_the_solvers_are_listed_with_their_options():
     assert "    order=2 algorithm=dpmsolver++ solver_type=midpoint eta=1.0 " in shown
     listed = json.loads(call("solvers", "--json").stdout)
     assert tuple(listed) == solvers.names()
-    assert listed["heun"]["s_tmax"] == float("inf")
+    assert listed["heun"]["s_tmax"] == "inf"  # JSON has no infinity
+
+
+def test_json_has_no_infinity_and_a_setting_may_be_one(models, here):
+    done = sample(models, "--solver", "heun", "--set", "s_tmax=inf", "--set", "s_churn=1", "--steps", 3, "--json")
+    assert "Infinity" not in done.stdout
+    assert json.loads(done.stdout)["options"] == {"s_tmax": "inf", "s_churn": 1}
 
 
 def test_an_unknown_command_is_one_line():
