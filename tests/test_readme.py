@@ -4,6 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+
+import fastddpm
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -18,6 +21,17 @@ def test_the_ten_lines_run():
     assert images.abs().max() <= 1.01
     assert images.flatten(1).std(dim=1).min() > 0.2  # pictures, not a flat grey
     assert (images - names["x"]).abs().max() == 0  # the trace ends in the same samples
+
+
+def test_the_examples_of_solvers_guidance_and_uses_run():
+    _, code = re.findall(r"```python\n(.*?)```", TEXT, re.S)
+    shape = (4, 1, 8, 8)
+    one, other = torch.rand(2, 1, 1, 8, 8)
+    names = dict(fastddpm=fastddpm, schedule=fastddpm.NoiseSchedule.linear(), shape=shape, one=one, other=other)
+    names |= dict(labels=torch.arange(4), picture=torch.rand(shape), keep=torch.rand(8, 8) > 0.5)
+    names |= dict(model=lambda x, t, class_labels=None: 0.9 * x, log_prob=lambda x, t, y: -x.square().flatten(1).sum(1))
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["guided"](torch.rand(shape), torch.zeros(4, dtype=torch.int64), y=names["labels"]).shape == shape
 
 
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"\]\(((?!http)[^)]+)\)", TEXT))))
