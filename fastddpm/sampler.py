@@ -237,13 +237,16 @@ class Sampler:
             if fingerprint != self._captured_for:
                 self._captured.clear()
                 self._captured_for = fingerprint
+            key = None
             try:
-                return self._captured.get((_key(part), device), partial(self._capture, part, device))
+                key = (_key(part), device)
+                return self._captured.get(key, partial(self._capture, part, device))
             except GraphCaptureError as error:
                 if self.graph is True:
                     raise
-                self._graph_refused = True  # a failed capture is not tried again
-                self._captured.clear()
+                if key is not None:  # the model's fault, not of what this call passes on: it is not tried again
+                    self._graph_refused = True
+                    self._captured.clear()
                 warnings.warn(f"no CUDA graph: {error}; sampling goes on eagerly, slower", stacklevel=3)
         buffers = self._allocate(part)
         return buffers, partial(self._step, buffers)
@@ -305,6 +308,13 @@ class Sampler:
             self.model.check_shape(given.shape[1:])
         if given.x_T is None and self.table.start[1] == 0:
             raise InputError("this solver starts from a picture, not from noise; give the picture as x_T")
+        alpha, sigma = self.table.start
+        if given.x_T is None and alpha > sigma:  # "leading" of one step is at t = 0, and a `start` leaves levels out
+            warnings.warn(
+                f"the table begins where the noise is but {sigma / alpha:.2g} of the picture, and is given noise alone; "
+                'give x_T, or use a spacing that begins at pure noise ("trailing")',
+                stacklevel=4,
+            )
         device = self._device(given.x_T)
         if device.type == "cuda" and not torch.cuda.is_available():
             raise DeviceError("the device is cuda, but torch finds no NVIDIA GPU; use device='cpu'")

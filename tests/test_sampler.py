@@ -3,6 +3,7 @@
 import copy
 import math
 import threading
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -385,3 +386,13 @@ def test_dynamic_thresholding_keeps_the_samples_within_1():
     made = Sampler(lambda x, t: -x, table).sample((2, 3, 8, 8), seeds=0)
     assert made.abs().max() <= 1.0
     assert Sampler(lambda x, t: -x, solvers.ddim(SCHEDULE, 8)).sample((2, 3, 8, 8), seeds=0).abs().max() > 10
+
+
+def test_noise_alone_is_no_start_where_a_table_begins_with_a_picture():
+    table = solvers.ddim(SCHEDULE, 1)  # "leading" visits t = 0
+    with pytest.warns(UserWarning, match=r"begins where the noise is but 0\.01 of the picture.*\"trailing\""):
+        Sampler(lambda x, t: x, table).sample((1, 4), seeds=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Sampler(lambda x, t: x, table).sample((1, 4), seeds=0, x_T=torch.zeros(1, 4))
+        Sampler(lambda x, t: x, solvers.ddim(SCHEDULE, 1, spacing="trailing")).sample((1, 4), seeds=0)
