@@ -309,9 +309,9 @@ class Sampler:
         if given.x_T is None and self.table.start[1] == 0:
             raise InputError("this solver starts from a picture, not from noise; give the picture as x_T")
         alpha, sigma = self.table.start
-        if given.x_T is None and alpha > sigma:  # "leading" of one step is at t = 0, and a `start` leaves levels out
+        if given.x_T is None and alpha > 3 * sigma:  # one "leading" step is at t = 0; a `start` leaves levels out
             warnings.warn(
-                f"the table begins where the noise is but {sigma / alpha:.2g} of the picture, and is given noise alone; "
+                f"the table begins where the noise is {sigma / alpha:.2g} of the picture, and is given noise alone; "
                 'give x_T, or use a spacing that begins at pure noise ("trailing")',
                 stacklevel=4,
             )

@@ -390,7 +390,7 @@ def test_dynamic_thresholding_keeps_the_samples_within_1():
 
 def test_noise_alone_is_no_start_where_a_table_begins_with_a_picture():
     table = solvers.ddim(SCHEDULE, 1)  # "leading" visits t = 0
-    with pytest.warns(UserWarning, match=r"begins where the noise is but 0\.01 of the picture.*\"trailing\""):
+    with pytest.warns(UserWarning, match=r"begins where the noise is 0\.01 of the picture.*\"trailing\""):
         Sampler(lambda x, t: x, table).sample((1, 4), seeds=0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
