@@ -155,8 +155,8 @@ class Fused:
         """diffusers' own step, which draws torch's noise."""
         if self._seeds is not None:
             raise InputError(
-                "this step is done by diffusers itself (for its config, dtype or time step), without counter-based noise; "
-                "turn that off: use_counter_noise(None)"
+                "diffusers itself does this step (its config, dtype or time step has no row), without counter-based "
+                "noise; turn that off: use_counter_noise(None)"
             )
         return step(*args)
 

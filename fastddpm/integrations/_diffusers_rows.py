@@ -35,10 +35,12 @@ def levels(alphas_cumprod: Tensor, t: Sequence[int], prev: Sequence[int], final:
     )
 
 
-def ddpm_columns(at: Levels, variance_type: str, last: Tensor) -> list[Tensor]:
+def ddpm_columns(at: Levels, variance_type: str, applied_as: str, last: Tensor) -> list[Tensor]:
     """a, b, c0, c1, sigma of DDPM: x' = c0 x0 + c1 x + sigma z (Ho et al. 2020, eq. 7); [n] each.
 
-    a and b are sqrt(alpha_bar) and sqrt(1 - alpha_bar). `last`, bool [n]: where t = 0, which adds no noise.
+    a and b are sqrt(alpha_bar) and sqrt(1 - alpha_bar). diffusers computes the variance by one attribute and applies it
+    by another, `applied_as`, which are the same unless somebody sets one. `last`, bool [n]: where t = 0, which adds no
+    noise.
     """
     rest, rest_prev = 1 - at.now, 1 - at.prev
     alpha = at.now / at.prev
@@ -47,13 +49,12 @@ def ddpm_columns(at: Levels, variance_type: str, last: Tensor) -> list[Tensor]:
     x = alpha**0.5 * rest_prev / rest
     variance = torch.clamp((1 - at.prev) / (1 - at.now) * beta, min=1e-20)
     if variance_type == "fixed_small_log":
-        sigma = torch.exp(0.5 * torch.log(variance))
+        variance = torch.exp(0.5 * torch.log(variance))
     elif variance_type == "fixed_large":
-        sigma = beta**0.5
+        variance = beta
     elif variance_type == "fixed_large_log":
-        sigma = torch.log(beta) ** 0.5  # NaN, as there
-    else:
-        sigma = variance**0.5
+        variance = torch.log(beta)  # negative, so that sigma is NaN, as there
+    sigma = variance if applied_as == "fixed_small_log" else variance**0.5
     return [at.now**0.5, rest**0.5, x0, x, torch.where(last, 0.0, sigma)]
 
 

@@ -177,8 +177,8 @@ class FusedDDPMScheduler(_FusedVP, DDPMScheduler):
         follows = self.custom_timesteps or self.num_inference_steps
         prev = [*host[1:], -1] if follows else [t - 1 for t in host]
         at = rows.levels(self.alphas_cumprod.cpu(), host, prev, self.one.cpu())
-        columns = rows.ddpm_columns(at, self.variance_type, torch.tensor(host) <= 0)
-        fits = self.variance_type not in LEARNED and config.prediction_type in PREDICTIONS
+        columns = rows.ddpm_columns(at, config.variance_type, self.variance_type, torch.tensor(host) <= 0)
+        fits = not {self.variance_type, config.variance_type} & {*LEARNED} and config.prediction_type in PREDICTIONS
         return self._plan_of(host, columns, [fits and there for there in at.exists])
 
     def _table(self, columns: Sequence[Tensor]) -> Any:
