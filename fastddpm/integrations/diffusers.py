@@ -43,6 +43,11 @@ class _FusedVP(Fused):
         """The plan of the time steps as they are now."""
         raise NotImplementedError
 
+    def _host(self) -> list[int]:
+        """The time steps' values, read from a device only where somebody else has set them."""
+        plan = self._plan
+        return self.timesteps.tolist() if plan is None or plan.timesteps is not self.timesteps else plan.host
+
     def _seen(self) -> tuple[Any, ...]:
         return self._internal_dict, self.timesteps, self.alphas_cumprod, self.num_inference_steps
 
@@ -166,7 +171,7 @@ class FusedDDPMScheduler(_FusedVP, DDPMScheduler):
     def _planned(self, eta: float = 0.0) -> Plan:
         plan = self._plan
         if plan is None or not plan.made_from(*self._seen()):
-            plan = self._plan = self._made(self.timesteps.tolist())
+            plan = self._plan = self._made(self._host())
         return plan
 
     def _seen(self) -> tuple[Any, ...]:
@@ -251,9 +256,8 @@ class FusedDDIMScheduler(_FusedVP, DDIMScheduler):
     def _planned(self, eta: float = 0.0) -> Plan:
         plan = self._plan
         if plan is None or eta != self._eta or not plan.made_from(*self._seen()):
-            host = self.timesteps.tolist() if plan is None or plan.timesteps is not self.timesteps else plan.host
             self._eta = eta
-            plan = self._plan = self._made(host)
+            plan = self._plan = self._made(self._host())
         return plan
 
     def _seen(self) -> tuple[Any, ...]:
