@@ -22,7 +22,7 @@ def model(x, t, y):
 
 def darker(x, t, y):
     """The gradient of log p(y | x): any function of x will do."""
-    return -0.3 * torch.sigmoid(4 * x)
+    return -0.02 * torch.sigmoid(4 * x)
 
 
 # With their object it is GaussianDiffusion.of(diffusion).
