@@ -11,7 +11,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "kernels" / "fastddpm_kernels"
-PEERS = ("diffusers", "scipy", "matplotlib", "hypothesis", "k_diffusion", "guided_diffusion")
+PEERS = (
+    *("diffusers", "scipy", "matplotlib", "hypothesis", "k_diffusion", "guided_diffusion"),
+    *("denoising_diffusion_pytorch", "lerobot", "onnxruntime", "torchsde"),
+)
 
 
 def run_python(code: str, *, before: tuple[Path, ...] = (), after: tuple[Path, ...] = ()) -> str:
