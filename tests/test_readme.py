@@ -24,7 +24,7 @@ def test_the_ten_lines_run():
 
 
 def test_the_examples_of_solvers_guidance_and_uses_run():
-    _, code = re.findall(r"```python\n(.*?)```", TEXT, re.S)
+    code = re.findall(r"```python\n(.*?)```", TEXT, re.S)[1]
     shape = (4, 1, 8, 8)
     one, other = torch.rand(2, 1, 1, 8, 8)
     names = dict(fastddpm=fastddpm, schedule=fastddpm.NoiseSchedule.linear(), shape=shape, one=one, other=other)
@@ -34,9 +34,21 @@ def test_the_examples_of_solvers_guidance_and_uses_run():
     assert names["guided"](torch.rand(shape), torch.zeros(4, dtype=torch.int64), y=names["labels"]).shape == shape
 
 
+def test_the_lines_for_diffusers_run():
+    from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+
+    code = re.findall(r"```python\n(.*?)```", TEXT, re.S)[2]
+    blocks = dict(down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), block_out_channels=(8,))
+    unet = UNet2DModel(sample_size=8, layers_per_block=1, norm_num_groups=4, **blocks)
+    names = {"pipe": DDIMPipeline(unet, DDIMScheduler())}
+    names["pipe"].set_progress_bar_config(disable=True)
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["pipe"](num_inference_steps=2, output_type="np").images.shape == (1, 8, 8, 3)
+
+
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"\]\(((?!http)[^)]+)\)", TEXT))))
 def test_links(name):
-    assert (ROOT / name).is_file()
+    assert (ROOT / name).exists()
 
 
 def test_nothing_is_left_to_fill_in():
