@@ -283,7 +283,6 @@ def _inpainting(
 
 def _levels(table: StepTable, what: str) -> np.ndarray[Any, np.dtype[np.float64]]:
     """(alpha, sigma) where each row finds the state and behind the last, [rows + 1, 2]."""
-    levels = np.vstack([table.start, np.column_stack([table["k_x"], table["k_z"]])])
-    if not levels.any(axis=1).all():
+    if not table.levels.any(axis=1).all():
         raise InputError(f"{what} needs a table that knows its noise levels; this one has no k_x and k_z")
-    return levels
+    return table.levels

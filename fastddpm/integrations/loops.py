@@ -101,47 +101,6 @@ def posterior_table(
     )
 
 
-def implicit_table(
-    strides: Strides,
-    *,
-    eta: float = 0.0,
-    use_clipped_model_output: bool = False,
-    prediction_type: str = "epsilon",
-    clip: float | None = None,
-    ratio: float | None = None,
-) -> StepTable:
-    """DDIM between any time steps (Song et al. 2020, eq. 12 and 16); arguments as in `solvers.ddim`.
-
-    Raises:
-        ConfigError: for a value that is not allowed, or an `eta` outside 0 ... 1.
-    """
-    number = isinstance(eta, int | float) and not isinstance(eta, bool)
-    if not number or not 0.0 <= eta <= 1.0:
-        raise ConfigError(f"eta is {eta!r}; allowed: a number in 0 ... 1 (0: no noise, 1: as much as DDPM)")
-    x0_x, x0_m = strides.predicted_x0(prediction_type)
-    eps_x, eps_m = strides.predicted_eps(prediction_type)
-    kept = ((1.0 - eta) * (1.0 + eta) * strides.beta + strides.alpha * strides.noise_next) / strides.noise
-    direction = np.sqrt(strides.noise_next * kept)
-    x_x0 = np.sqrt(strides.bar_next)
-    if use_clipped_model_output:  # eps = (x - sqrt(alpha_bar) x_0) / sqrt(1 - alpha_bar)
-        eps_x, eps_m = 1.0 / np.sqrt(strides.noise), np.zeros(len(strides.t))
-        x_x0 = x_x0 - direction * np.exp(0.5 * strides.log_bar) * eps_x
-    return step_table(
-        strides.t,
-        x0_x=x0_x,
-        x0_m=x0_m,
-        x_x0=x_x0,
-        x_x=direction * eps_x,
-        x_m=direction * eps_m,
-        x_z=eta * np.sqrt(strides.noise_next / strides.noise * strides.beta),
-        k_x=np.sqrt(strides.bar_next),
-        k_z=np.sqrt(strides.noise_next),
-        start=strides.start,
-        clip=clip,
-        ratio=check_ratio(ratio, clip),
-    )
-
-
 def with_given_noise(table: StepTable) -> StepTable:
     """The same solver with noise that the caller puts into the history's first buffer before each row.
 

@@ -19,7 +19,8 @@ from ..errors import ConfigError
 from ..schedule import NoiseSchedule
 from ..seeds import sample_seeds
 from ..solvers import StepTable
-from .loops import SELF_CONDITION, Loops, implicit_table, posterior_table, strides_between, with_given_noise
+from ..solvers.ddim import ddim_table
+from .loops import SELF_CONDITION, Loops, posterior_table, strides_between, with_given_noise
 
 Seeds = int | Sequence[int] | None
 
@@ -110,7 +111,7 @@ class _Front:
         """`sampling_timesteps` of them, by DDIM; as in the library."""
         points = torch.linspace(-1, self.num_timesteps - 1, steps=self.sampling_timesteps + 1, device="cpu")
         times = points.int().flip(0).tolist()
-        table = implicit_table(
+        table = ddim_table(
             strides_between(self._schedule(), times[:-1], times[1:]),
             eta=self.ddim_sampling_eta,
             use_clipped_model_output=True,

@@ -19,7 +19,8 @@ from torch import Tensor
 from ..errors import ConfigError, InputError
 from ..schedule import NoiseSchedule
 from ..solvers import StepTable
-from .loops import Loops, implicit_table, posterior_table, strides_between, with_given_noise
+from ..solvers.ddim import ddim_table
+from .loops import Loops, posterior_table, strides_between, with_given_noise
 
 Generators = torch.Generator | list[torch.Generator] | None
 Seeds = int | Sequence[int] | None
@@ -253,7 +254,7 @@ def _table(scheduler: Any, eta: float = 0.0, use_clipped_model_output: bool = Fa
         s = t - config.num_train_timesteps // len(t)
         final = 0.0 if config.set_alpha_to_one else float(schedule.log_alphas_cumprod[0])
         strides = strides_between(schedule, t, s, final)
-        table = implicit_table(strides, eta=eta, use_clipped_model_output=use_clipped_model_output, **common)
+        table = ddim_table(strides, eta=eta, use_clipped_model_output=use_clipped_model_output, **common)
         return table, [eta > 0] * len(t)
     variance = _VARIANCES.get(config.variance_type)
     if variance is None:

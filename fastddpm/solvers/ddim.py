@@ -6,6 +6,7 @@ import numpy as np
 
 from ..errors import ConfigError
 from ..schedule import NoiseSchedule
+from .checks import check_flag
 from .spacing import Spacing
 from .strides import Strides
 from .table import StepTable, check_ratio, step_table
@@ -48,12 +49,34 @@ def ddim(
     Raises:
         ConfigError: for a value that is not among these, or an `eta` outside 0 ... 1.
     """
+    return ddim_table(
+        Strides.of(schedule, steps, spacing, start),
+        eta=eta,
+        use_clipped_model_output=use_clipped_model_output,
+        prediction_type=prediction_type,
+        clip=clip,
+        ratio=dynamic_thresholding_ratio,
+    )
+
+
+def ddim_table(
+    strides: Strides,
+    *,
+    eta: float = 0.0,
+    use_clipped_model_output: bool = False,
+    prediction_type: str = "epsilon",
+    clip: float | None = None,
+    ratio: float | None = None,
+) -> StepTable:
+    """`ddim` between any time steps (eq. 12 and 16); `ratio` is its `dynamic_thresholding_ratio`.
+
+    Raises:
+        ConfigError: as `ddim` does.
+    """
     number = isinstance(eta, int | float | np.number) and not isinstance(eta, bool)
     if not number or not 0.0 <= eta <= 1.0:
         raise ConfigError(f"eta is {eta!r}; allowed: a number in 0 ... 1 (0: no noise, 1: as much as DDPM)")
-    if not isinstance(use_clipped_model_output, bool):
-        raise ConfigError(f"use_clipped_model_output is {use_clipped_model_output!r}; allowed: True or False")
-    strides = Strides.of(schedule, steps, spacing, start)
+    check_flag("use_clipped_model_output", use_clipped_model_output)
     x0_x, x0_m = strides.predicted_x0(prediction_type)
     eps_x, eps_m = strides.predicted_eps(prediction_type)
     x_x0 = np.sqrt(strides.bar_next)
@@ -77,5 +100,5 @@ def ddim(
         k_z=np.sqrt(strides.noise_next),
         start=strides.start,
         clip=clip,
-        ratio=check_ratio(dynamic_thresholding_ratio, clip),
+        ratio=check_ratio(ratio, clip),
     )

@@ -6,7 +6,8 @@ import numpy as np
 
 from ..edm import EDMSchedule
 from ..schedule import NoiseSchedule
-from .exponential import adams, check_flag, check_order, transfer, warmed_up
+from .checks import check_flag, check_order
+from .exponential import adams, transfer, warmed_up
 from .levels import Levels
 from .table import StepTable, step_table
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ..edm import EDMSchedule
 from ..errors import ConfigError
 from ..schedule import NoiseSchedule
-from .exponential import check_flag, check_order
+from .checks import check_flag, check_order
 from .levels import Levels
 from .table import StepTable, check_ratio, step_table
 

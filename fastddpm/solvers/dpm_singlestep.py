@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from ..edm import EDMSchedule
 from ..errors import ConfigError
 from ..schedule import NoiseSchedule
+from .checks import check_flag
 from .dpm import FAR, check_common, check_levels, predicted, weights
-from .exponential import check_flag
 from .levels import Levels
 from .table import StepTable, check_ratio, step_table
 

@@ -53,19 +53,6 @@ def warmed_up(levels: Levels, order: int) -> NDArray[np.int64]:
     return orders
 
 
-def check_order(order: object) -> int:
-    """`order` as an int; `ConfigError` unless it is 1, 2 or 3."""
-    if isinstance(order, bool) or not isinstance(order, int | np.integer) or not 1 <= order <= 3:
-        raise ConfigError(f"order is {order!r}; allowed: 1, 2 or 3")
-    return int(order)
-
-
-def check_flag(name: str, value: object) -> None:
-    """`ConfigError` unless `value` is a bool."""
-    if not isinstance(value, bool):
-        raise ConfigError(f"{name} is {value!r}; allowed: True or False")
-
-
 def adams(lam: Floats, orders: NDArray[np.int64], kind: Kind, *, implicit: bool = False) -> Floats:
     """Weights w, [n, 4], of f at each step's end, at its start, and at the two levels before.
 

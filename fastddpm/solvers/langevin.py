@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from ..edm import EDMSchedule
 from ..errors import ConfigError
 from ..schedule import MAX_STEPS, NoiseSchedule
+from .checks import check_count, check_flag, check_number
 from .levels import Floats, Levels
 from .strides import PREDICTION_TYPES
 from .table import StepTable, check_ratio, step_table
@@ -57,8 +58,7 @@ def annealed_langevin(
     """
     steps = 10 if steps is None else steps
     size = check_number("step_size", step_size, 4.0)
-    if not isinstance(denoise, bool):
-        raise ConfigError(f"denoise is {denoise!r}; allowed: True or False")
+    check_flag("denoise", denoise)
     levels = score_levels(
         schedule, steps, spacing=spacing, prediction_type=prediction_type, state="ve", quantize=quantize, start=start
     )
@@ -122,18 +122,3 @@ def score_levels(
     alpha, sigma = levels.alpha[:-1], levels.sigma[:-1]
     eps_m = -levels.c_in * sigma if prediction_type == "score" else np.ones(len(sigma))
     return replace(levels, x0_x=1 / alpha, x0_m=-sigma / alpha * eps_m, eps_x=np.zeros(len(sigma)), eps_m=eps_m)
-
-
-def check_number(name: str, value: object, below: float) -> float:
-    """`value` as a float; `ConfigError` unless it is a number between 0 and `below`, neither included."""
-    number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
-    if not number or not 0 < value < below:  # type: ignore[operator]
-        raise ConfigError(f"{name} is {value!r}; allowed: a number above 0 and below {below:g}")
-    return float(value)  # type: ignore[arg-type]
-
-
-def check_count(name: str, value: object, least: int, most: int) -> int:
-    """`value` as an int; `ConfigError` unless it is an integer in least ... most."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not least <= value <= most:
-        raise ConfigError(f"{name} is {value!r}; allowed: an integer in {least} ... {most}")
-    return int(value)

@@ -13,6 +13,7 @@ import numpy as np
 from ..edm import EDMSchedule
 from ..errors import ConfigError
 from ..schedule import NoiseSchedule
+from .checks import check_count
 from .levels import RHO, Levels
 from .table import StepTable, check_ratio, step_table
 
@@ -51,10 +52,10 @@ def lcm(
     """
     if isinstance(schedule, EDMSchedule):
         raise ConfigError("lcm needs a NoiseSchedule, with time steps; for an EDMSchedule there is `consistency`")
-    _check_count("original_inference_steps", original_inference_steps, schedule.num_steps)
+    check_count("original_inference_steps", original_inference_steps, 1, schedule.num_steps)
     steps = min(4, original_inference_steps) if steps is None else steps
-    _check_count("steps", steps, original_inference_steps)
-    _check_count("start", start, steps - 1, least=0)
+    check_count("steps", steps, 1, original_inference_steps)
+    check_count("start", start, 0, steps - 1)
     _check_positive("timestep_scaling", timestep_scaling)
     _check_positive("sigma_data", sigma_data)
     distilled = np.arange(original_inference_steps, 0, -1) * (schedule.num_steps // original_inference_steps) - 1
@@ -108,10 +109,10 @@ def consistency(
     """
     if not isinstance(schedule, EDMSchedule):
         raise ConfigError("consistency needs an EDMSchedule; for a NoiseSchedule there is `lcm`")
-    _check_count("num_scales", num_scales, 1_000_000, least=2)
+    check_count("num_scales", num_scales, 2, 1_000_000)
     steps = 1 if steps is None else steps
-    _check_count("steps", steps, num_scales)
-    _check_count("start", start, steps - 1, least=0)
+    check_count("steps", steps, 1, num_scales)
+    check_count("start", start, 0, steps - 1)
     _check_positive("s_noise", s_noise)
     least, data = schedule.sigma_min, schedule.sigma_data
     ramp = np.arange(start, steps) * (num_scales // steps) / (num_scales - 1)
@@ -133,11 +134,6 @@ def consistency(
         clip=clip,
         ratio=check_ratio(dynamic_thresholding_ratio, clip),
     )
-
-
-def _check_count(name: str, value: object, most: int, least: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not least <= value <= most:
-        raise ConfigError(f"{name} is {value!r}; allowed: an integer in {least} ... {most}")
 
 
 def _check_positive(name: str, value: object) -> None:

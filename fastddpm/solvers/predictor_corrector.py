@@ -7,7 +7,8 @@ import numpy as np
 from ..edm import EDMSchedule
 from ..errors import ConfigError
 from ..schedule import MAX_STEPS, NoiseSchedule
-from .langevin import check_count, check_number, langevin_columns, score_levels
+from .checks import check_count, check_number
+from .langevin import langevin_columns, score_levels
 from .levels import Floats, Levels
 from .table import StepTable, check_ratio, step_table
 

@@ -68,7 +68,7 @@ def repaint(
             why = f", since there are {n} steps" if name == "jump_length" else ""
             raise ConfigError(f"{name} is {value!r}; allowed: an integer in 1 ... {most}{why}")
     order, reached = _walk(n, int(jump_length), int(jump_n_sample))
-    levels = np.vstack([base.start, np.column_stack([base["k_x"], base["k_z"]])])
+    levels = base.levels
     rows = base.rows[order]
     up = reached != order + 1
     (alpha_s, sigma_s), (alpha_u, sigma_u) = levels[order[up] + 1].T, levels[reached[up]].T

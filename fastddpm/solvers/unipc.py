@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from ..edm import EDMSchedule
 from ..errors import ConfigError
 from ..schedule import NoiseSchedule
-from .exponential import Kind, adams, check_flag, check_order, transfer, warmed_up
+from .checks import check_flag, check_order
+from .exponential import Kind, adams, transfer, warmed_up
 from .levels import Floats, Levels
 from .table import StepTable, check_ratio, step_table
 
