@@ -105,6 +105,80 @@ def dpm_columns(
     return steps, [back[0] if order > 1 else none, *(v if order > 2 else none for v in back[1:])]
 
 
+def sigma_columns(sigma: Tensor, divisor: Tensor) -> list[Tensor]:
+    """scale, divisor, v_m, v_x of a model that is told sigma, as in k-diffusion; [n] each.
+
+    Its input is x / scale; its predicted x0 is x - divisor eps or, of v, v_m v + x / v_x; the slope of the ODE is
+    (x - x0) / divisor. The divisor is sigma, or what churn lifts it to.
+    """
+    square = sigma**2 + 1
+    return [square**0.5, divisor, -sigma / square**0.5, square]
+
+
+def euler_columns(sigmas: Tensor, s_churn: float, s_tmin: float, s_tmax: float) -> list[Tensor]:
+    """`sigma_columns`, dt, lift, noisy of Euler's method over levels sigmas [n + 1]; [n] each.
+
+    x' = x + dt (x - x0) / divisor (EDM, arXiv 2206.00364, algorithm 2, without its correction). Where `noisy`, x is
+    first lifted by lift z; diffusers' model was called before that.
+    """
+    sigma, gamma = sigmas[:-1], min(s_churn / (len(sigmas) - 1), 2**0.5 - 1)
+    churned = (sigma >= s_tmin) & (sigma <= s_tmax)
+    hat = torch.where(churned, sigma * (gamma + 1), sigma)
+    lift = torch.where(churned, (hat**2 - sigma**2) ** 0.5, 0.0)
+    return [*sigma_columns(sigma, hat), sigmas[1:] - hat, lift, churned & (gamma > 0)]
+
+
+def ancestral_columns(sigmas: Tensor) -> list[Tensor]:
+    """`sigma_columns`, dt, up of ancestral sampling over levels sigmas [n + 1]; [n] each.
+
+    x' = x + dt (x - x0) / sigma + up z: Euler's method down to sqrt(sigma'^2 - up^2), then noise up to sigma'.
+    """
+    now, to = sigmas[:-1], sigmas[1:]
+    up = (to**2 * (now**2 - to**2) / now**2) ** 0.5
+    return [*sigma_columns(now, now), (to**2 - up**2) ** 0.5 - now, up]
+
+
+def unipc_columns(
+    alpha: Tensor, sigma: Tensor, order: int, predict_x0: bool, solver_type: str
+) -> tuple[list[Tensor], Tensor]:
+    """UniPC's intervals of one order, over levels alpha, sigma [n + 1]; [n] each (arXiv 2302.04867, theorem 3.1).
+
+    Returns:
+        x, d0, d1 and then r_i, p_i (i = 1 ... order - 1), q_i (i = 1 ... order). With D_i = (m_i - m_0) / r_i over the
+        predictions behind m_0, the predictor is x' = x X - d0 m_0 - d1 sum(p_i D_i); and the corrector, once the model
+        has been asked at x', adds -d1 (q_1 D_1 + ... + q_order (m' - m_0)) in its place.
+        bool [n]: where all of that exists. The first order - 1 intervals look back beyond the first level.
+    """
+    lam = torch.log(alpha) - torch.log(sigma)
+    s, h = lam[:-1], lam[1:] - lam[:-1]
+    hh = -h if predict_x0 else h
+    grown = torch.expm1(hh)
+    base = hh if solver_type == "bh1" else grown
+    scale = alpha[1:] if predict_x0 else sigma[1:]
+    x = sigma[1:] / sigma[:-1] if predict_x0 else alpha[1:] / alpha[:-1]
+    columns = [x, scale * grown, scale * base]
+    r = [(s.roll(i) - s) / h for i in range(1, order)]
+    exists = torch.isfinite(columns[2]) & (torch.arange(len(h), device="cpu") >= order - 1)
+    half = torch.full_like(h, 0.5)
+    if order == 1:
+        return [*columns, half], exists
+    left, right, term, factorial = [], [], grown / hh - 1, 1
+    nodes = torch.stack([*r, torch.ones_like(h)], dim=1)
+    for i in range(1, order + 1):
+        left.append(torch.pow(nodes, i - 1))
+        right.append(term * factorial / base)
+        factorial *= i + 1
+        term = term / hh - 1 / factorial
+    matrix, b = torch.stack(left, dim=1), torch.stack(right, dim=1)
+    q, failed = torch.linalg.solve_ex(matrix, b)
+    exists &= (failed == 0) | (torch.arange(len(h), device="cpu") == len(h) - 1)  # nothing corrects the last
+    p = [half]
+    if order > 2:
+        solved, failed = torch.linalg.solve_ex(matrix[:, :-1, :-1], b[:, :-1])
+        p, exists = list(solved.unbind(1)), exists & (failed == 0)
+    return [*columns, *r, *p, *q.unbind(1)], exists
+
+
 # --- the same as rows of the step table, for the kernel ---------------------------------------------------------------
 
 Floats = NDArray[np.float64]
@@ -122,6 +196,13 @@ def predicted_noise(kind: str, a: Floats, b: Floats) -> tuple[Floats, Floats]:
     if kind == "sample":
         return 1 / b, -a / b
     return (b, a) if kind == "v_prediction" else (np.zeros_like(a), np.ones_like(a))
+
+
+def predicted_ve(kind: str, divisor: Floats, v_m: Floats, v_x: Floats) -> tuple[Floats, Floats]:
+    """Coefficients of (x, m) in x0, from `sigma_columns`."""
+    if kind == "epsilon":
+        return np.ones_like(divisor), -divisor
+    return (1 / v_x, v_m) if kind == "v_prediction" else (np.zeros_like(v_m), np.ones_like(v_m))
 
 
 def table(n: int, **columns: Floats | float) -> Floats:
