@@ -24,16 +24,23 @@ from torch import Tensor
 from ..errors import InputError
 from . import _diffusers_rows as rows
 from ._diffusers_dpm import FusedDPMSolverMultistepScheduler
+from ._diffusers_euler import FusedEulerAncestralDiscreteScheduler, FusedEulerDiscreteScheduler
+from ._diffusers_heun import FusedHeunDiscreteScheduler
 from ._diffusers_plan import EXACT, LEARNED, PREDICTIONS, Fused, Plan
 
 __all__ = [
     "FusedDDIMScheduler",
     "FusedDDPMScheduler",
     "FusedDPMSolverMultistepScheduler",
+    "FusedEulerAncestralDiscreteScheduler",
+    "FusedEulerDiscreteScheduler",
+    "FusedHeunDiscreteScheduler",
     "SchedulerMixin",  # a pipeline's folder is loaded only through a module that has this name
 ]
 
 FusedDPMSolverMultistepScheduler.__module__ = __name__  # where a saved pipeline looks for it
+FusedEulerDiscreteScheduler.__module__ = FusedEulerAncestralDiscreteScheduler.__module__ = __name__
+FusedHeunDiscreteScheduler.__module__ = __name__
 
 
 class _FusedVP(Fused):

@@ -1,0 +1,171 @@
+"""diffusers' Euler schedulers with a fused step. `fastddpm.integrations.diffusers` is where they are imported from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers.schedulers.scheduling_euler_ancestral_discrete import (
+    EulerAncestralDiscreteScheduler,
+    EulerAncestralDiscreteSchedulerOutput,
+)
+from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler, EulerDiscreteSchedulerOutput
+from diffusers.utils import logging
+from torch import Tensor
+
+from . import _diffusers_rows as rows
+from ._diffusers_plan import PREDICTIONS
+from ._diffusers_sigmas import FusedSigmas, SigmaPlan
+
+logger = logging.get_logger(__name__)
+
+
+class _FusedEuler(FusedSigmas):
+    """What both have in common. The row's first six columns are scale, divisor, v_m, v_x, dt and the noise's scale."""
+
+    def _columns(self, sigmas: Tensor) -> list[Tensor]:
+        """The columns of the rows, [n] each, from levels [n + 1] on the CPU; empty where diffusers is to be asked."""
+        raise NotImplementedError
+
+    def _table(self, columns: Sequence[Tensor]) -> Any:
+        """The columns as rows of the kernel's table."""
+        raise NotImplementedError
+
+    def _made(self, host: Tensor) -> SigmaPlan:
+        columns = self._columns(self.sigmas.cpu())
+        table = partial(self._table, columns) if columns else None
+        return SigmaPlan(self.timesteps, host, columns, table, self._seen())
+
+    def _row(self, m: Tensor, timestep: Any, x: Tensor) -> Any:
+        """The row of this step; None where diffusers is to be asked: it refuses time steps that are integers."""
+        if m.shape != x.shape or not (timestep.is_floating_point() if isinstance(timestep, Tensor) else True):
+            return None
+        if isinstance(timestep, int):
+            return None
+        row = self._planned().row(self._at(timestep))
+        if row is not None and not self.is_scale_input_called:
+            logger.warning("scale_model_input wasn't called: this scheduler's model takes scaled inputs")
+        return row
+
+    def _euler(self, row: Sequence[Any], m: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(x + dt (x - x0) / divisor, x0), by diffusers' operations."""
+        x0 = self._x0(row, m, x)
+        return (x - x0).div_(row[1]).mul_(row[4]).add_(x), x0
+
+    def _as_stock(self, prev: Tensor, x0: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+        """The kernel's results in the dtypes that diffusers' arithmetic gives them."""
+        model_gives_x0 = self.config.prediction_type in ("sample", "original_sample")
+        return prev.to(m.dtype), x0.to(m.dtype) if model_gives_x0 else x0
+
+    def _rows(self, columns: Sequence[Tensor], **noise: Any) -> Any:
+        _, divisor, v_m, v_x, dt, *_ = (c.double().numpy() for c in columns)
+        x0_x, x0_m = rows.predicted_ve(self.config.prediction_type, divisor, v_m, v_x)
+        return rows.table(len(dt), x0_x=x0_x, x0_m=x0_m, x_x=(divisor + dt) / divisor, x_x0=-dt / divisor, **noise)
+
+
+class FusedEulerDiscreteScheduler(_FusedEuler, EulerDiscreteScheduler):
+    """diffusers' `EulerDiscreteScheduler` with a fused step (EDM, arXiv 2206.00364, algorithm 2); the same config."""
+
+    _churn: tuple[float, float, float] = (0.0, 0.0, math.inf)
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: list[int] | None = None,
+        sigmas: list[float] | None = None,
+    ) -> None:
+        """Set the time steps, as diffusers does, and compute their coefficients."""
+        super().set_timesteps(num_inference_steps, None, timesteps, sigmas)
+        self._started(device)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        s_churn: float = 0.0,
+        s_tmin: float = 0.0,
+        s_tmax: float = float("inf"),
+        s_noise: float = 1.0,
+        generator: Any = None,
+        return_dict: bool = True,
+    ) -> EulerDiscreteSchedulerOutput | tuple[Tensor, ...]:
+        """The previous sample, as diffusers' step, with the same arguments and results.
+
+        Raises `InputError` for a generator where `use_counter_noise` is on; else what diffusers raises.
+        """
+        self._checked_generator(generator)
+        m, x, churn = model_output, sample, (s_churn, s_tmin, s_tmax)
+        if churn != self._churn:
+            self._churn = churn
+            self._renewed()
+        row = self._row(m, timestep, x)
+        by_kernel = row is not None and self._kernel_takes(self._planned(), self._step_index, m, x)
+        if row is None or not (by_kernel or self._eager(m, x)):
+            others = (s_churn, s_tmin, s_tmax, s_noise, generator, return_dict)
+            step = partial(self._stock, super().step) if s_churn > 0 else super().step
+            return step(m, timestep, x, *others)
+        at, x, lift = self._step_index, x.to(torch.float32), row[5]
+        if row[6]:  # noisy
+            x = x + self._drawn(m, m.dtype, at, generator).mul_(s_noise).mul_(lift)
+        if by_kernel:
+            prev, x0 = self._as_stock(*self._step_by_kernel(self._planned(), at, m, x, [], False), m)
+        else:
+            prev, x0 = self._euler(row, m, x)
+        self._step_index = at + 1
+        return EulerDiscreteSchedulerOutput(prev_sample=prev, pred_original_sample=x0) if return_dict else (prev, x0)
+
+    def _columns(self, sigmas: Tensor) -> list[Tensor]:
+        fits = self.config.prediction_type in (*PREDICTIONS, "original_sample")
+        return rows.euler_columns(sigmas, *self._churn) if fits else []
+
+    def _table(self, columns: Sequence[Tensor]) -> Any:
+        return self._rows(columns)
+
+
+class FusedEulerAncestralDiscreteScheduler(_FusedEuler, EulerAncestralDiscreteScheduler):
+    """diffusers' `EulerAncestralDiscreteScheduler` with a fused step (k-diffusion's sampler); the same config."""
+
+    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
+        """Set the time steps, as diffusers does, and compute their coefficients."""
+        super().set_timesteps(num_inference_steps, None)
+        self._started(device)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        generator: Any = None,
+        return_dict: bool = True,
+    ) -> EulerAncestralDiscreteSchedulerOutput | tuple[Tensor, ...]:
+        """The previous sample, as diffusers' step, with the same arguments and results.
+
+        Raises `InputError` for a generator where `use_counter_noise` is on; else what diffusers raises.
+        """
+        self._checked_generator(generator)
+        m, x = model_output, sample
+        row = self._row(m, timestep, x)
+        at = self._step_index
+        if row is not None and self._kernel_takes(self._planned(), at, m, x):
+            past = [self._drawn(m, m.dtype, at, generator)] if self._seeds is None else []
+            prev, x0 = self._as_stock(*self._step_by_kernel(self._planned(), at, m, x, past, False), m)
+        elif row is not None and self._eager(m, x):
+            prev, x0 = self._euler(row, m, x.to(torch.float32))
+            prev.add_(self._drawn(m, m.dtype, at, generator).mul_(row[5]))
+        else:
+            return self._stock(super().step, m, timestep, x, generator, return_dict)
+        self._step_index = at + 1
+        out = EulerAncestralDiscreteSchedulerOutput
+        return out(prev_sample=prev, pred_original_sample=x0) if return_dict else (prev, x0)
+
+    def _columns(self, sigmas: Tensor) -> list[Tensor]:
+        return rows.ancestral_columns(sigmas) if self.config.prediction_type in ("epsilon", "v_prediction") else []
+
+    def _table(self, columns: Sequence[Tensor]) -> Any:
+        up = columns[5].double().numpy()
+        return self._rows(columns, x_h1=up, x_z=up)
