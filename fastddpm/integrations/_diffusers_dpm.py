@@ -19,6 +19,12 @@ from ._diffusers_plan import LEARNED, PREDICTIONS, Fused, Plan
 class FusedDPMSolverMultistepScheduler(Fused, DPMSolverMultistepScheduler):
     """diffusers' `DPMSolverMultistepScheduler` with a fused step (arXiv 2211.01095, algorithm 2); the same config."""
 
+    _hooks = (
+        "convert_model_output",
+        "dpm_solver_first_order_update",
+        "multistep_dpm_solver_second_order_update",
+        "multistep_dpm_solver_third_order_update",
+    )
     _plans: tuple[Plan, ...] = ()  # one for each order
 
     def set_timesteps(
@@ -42,9 +48,7 @@ class FusedDPMSolverMultistepScheduler(Fused, DPMSolverMultistepScheduler):
             return super().index_for_timestep(timestep, schedule_timesteps)
         plan = self._planned()[0]
         at = plan.locate(timestep)
-        if at is None:
-            return len(plan.host) - 1
-        return plan.positions[plan.host[at]][:2][-1]
+        return super().index_for_timestep(timestep) if at is None else plan.positions[plan.host[at]][:2][-1]
 
     @torch.compiler.disable
     def _init_step_index(self, timestep: Any) -> None:
@@ -114,18 +118,18 @@ class FusedDPMSolverMultistepScheduler(Fused, DPMSolverMultistepScheduler):
         config, alpha, sigma = self.config, row[0], row[1]
         if config.algorithm_type.endswith("++"):
             if config.prediction_type == "epsilon":
-                x0 = (m * -sigma).add_(x).div_(alpha)
+                x0 = (x - m * sigma).div_(alpha)
             else:
-                x0 = (x * alpha).add_(m * -sigma) if config.prediction_type == "v_prediction" else m.clone()
+                x0 = x * alpha - m * sigma if config.prediction_type == "v_prediction" else m.clone()
             return self._threshold_sample(x0) if config.thresholding else x0
         if config.prediction_type == "v_prediction":
-            return (m * alpha).add_(x * sigma)
-        return (m * -alpha).add_(x).div_(sigma) if config.prediction_type == "sample" else m.clone()
+            return m * alpha + x * sigma
+        return (x - m * alpha).div_(sigma) if config.prediction_type == "sample" else m.clone()
 
     def _planned(self) -> tuple[Plan, ...]:
         if not self._plans or not self._plans[0].made_from(*self._seen()):
             plans = self._plans
-            known = plans and plans[0].timesteps is self.timesteps
+            known = plans and plans[0].knows(self.timesteps)
             self._plans = self._made(plans[0].host if known else self.timesteps.tolist())
         return self._plans
 
@@ -137,7 +141,8 @@ class FusedDPMSolverMultistepScheduler(Fused, DPMSolverMultistepScheduler):
         config = self.config
         noise = not config.algorithm_type.endswith("++")
         return (
-            config.prediction_type in PREDICTIONS
+            not self._replaced()
+            and config.prediction_type in PREDICTIONS
             and not config.use_flow_sigmas
             and config.variance_type not in LEARNED
             and config.solver_order in (1, 2, 3)
@@ -175,7 +180,7 @@ class FusedDPMSolverMultistepScheduler(Fused, DPMSolverMultistepScheduler):
 def _combined(row: Sequence[float], x: Tensor, m0: Tensor, past: Sequence[Tensor], noise: Tensor | None) -> Tensor:
     """x' from this step's and the past predictions, by diffusers' operations in their order."""
     _, _, c, d0, d1, d2, z, i0, i1, w, u = row
-    made = (x * c).add_(m0 * d0)
+    made = x * c + m0 * d0
     if len(past) == 1:
         made.add_((m0 - past[0]).mul_(i0).mul_(d1))
     elif len(past) == 2:

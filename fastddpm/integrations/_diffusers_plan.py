@@ -26,10 +26,14 @@ class Plan:
 
     Attributes:
         timesteps: the scheduler's own tensor, [n].
-        host: its values. (A tensor whose values were changed in place since isn't noticed.)
+        host: its values.
         rows: coefficients of the eager path, a tuple of numbers a row; None where diffusers is to be asked.
-        seen: what they were made from: attributes of the scheduler, compared by identity.
+        seen: what they were made from: attributes of the scheduler, compared by identity. Tensors that are changed in
+            place are noticed too (but for those made in inference mode, which count no versions).
+        eta: of DDIM.
     """
+
+    eta: float = 0.0
 
     def __init__(
         self,
@@ -46,7 +50,8 @@ class Plan:
         self.positions: dict[int, list[int]] = {}
         for i, t in enumerate(host):
             self.positions.setdefault(t, []).append(i)
-        self._pointer, self._stride = timesteps.data_ptr(), timesteps.stride(0) * timesteps.element_size()
+        self._stride = timesteps.stride(0) * timesteps.element_size()
+        self._versions, self._counted = _versions(seen), _versions([timesteps])
         self._devices: dict[tuple[torch.device, int], tuple[Tensor, Tensor, Tensor]] = {}
 
     @property
@@ -61,7 +66,16 @@ class Plan:
 
     def made_from(self, *seen: Any) -> bool:
         """Whether it was made from these very objects."""
-        return all(a is b for a, b in zip(self.seen, seen, strict=True))
+        if not all(a is b for a, b in zip(self.seen, seen, strict=True)):
+            return False
+        return torch.compiler.is_compiling() or self._versions == _versions(seen)
+
+    def knows(self, timesteps: Tensor) -> bool:
+        """Whether `host` are the values of `timesteps`."""
+        return timesteps is self.timesteps and _versions([timesteps]) == self._counted
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_devices": {}}
 
     def locate(self, timestep: Any) -> int | None:
         """The (first) row of a time step, or None.
@@ -70,22 +84,24 @@ class Plan:
         for. Another tensor's value is read; on a GPU that waits.
         """
         if isinstance(timestep, Tensor):
-            if timestep.numel() != 1:
+            if timestep.numel() != 1 or timestep.ndim > 1:
                 return None
-            offset = timestep.data_ptr() - self._pointer
+            offset = timestep.data_ptr() - self.timesteps.data_ptr()
             if 0 <= offset < self._stride * len(self.host) and timestep.device == self.timesteps.device:
                 return self.positions[self.host[offset // self._stride]][0]
-        at = self.positions.get(int(timestep))
+            timestep = timestep.item()
+        at = self.positions.get(timestep)
         return at[0] if at else None
 
-    def index_by_time(self, columns: Sequence[Tensor]) -> None:
-        """Prepare `row_of`."""
-        by_time = torch.zeros(max(self.host) + 1, len(columns), dtype=columns[0].dtype)
-        by_time[torch.tensor(self.host)] = torch.stack(list(columns), dim=1)
+    def index_by_time(self, columns: Sequence[Tensor], times: Sequence[int] | None = None) -> None:
+        """Prepare `row_of`. `times`: the columns' time steps, where they are not those of the plan."""
+        at = torch.tensor(self.host if times is None else times)
+        by_time = torch.full((int(at.max()) + 1, len(columns)), torch.nan, dtype=columns[0].dtype)
+        by_time[at] = torch.stack(list(columns), dim=1)
         self._table_by_time = by_time.to(self.timesteps.device)
 
     def row_of(self, timestep: Tensor) -> tuple[Tensor, ...]:
-        """The row of a time step that is in the schedule, as tensors: for compiled code, which can't see addresses."""
+        """The row of a time step, as tensors: for compiled code, which can't see addresses. NaN where there is none."""
         return self._table_by_time.index_select(0, timestep.reshape(1).to(self._table_by_time.device))[0].unbind(0)
 
     def on(self, device: torch.device, batch: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,6 +126,11 @@ class Plan:
         return good
 
 
+def _versions(seen: Sequence[Any]) -> list[int]:
+    """How often each tensor was changed in place."""
+    return [v._version for v in seen if isinstance(v, Tensor) and not v.is_inference()]
+
+
 class Fused:
     """The part of a drop-in scheduler that diffusers' class doesn't have.
 
@@ -128,6 +149,7 @@ class Fused:
     _plan: Plan | None = None
     _seeds: int | Sequence[int] | None = None
     _seeds_on: tuple[Any, Tensor] | None = None
+    _hooks: tuple[str, ...] = ()  # diffusers' methods that a step of its own calls, and ours does not
     _kernel_devices: tuple[str, ...] = ("cuda",)
 
     def use_counter_noise(self, seeds: int | Sequence[int] | None) -> None:
@@ -144,6 +166,11 @@ class Fused:
         if seeds is not None:
             sample_seeds(seeds, len(seeds) if isinstance(seeds, Sequence) else 1)
         self._seeds, self._seeds_on = seeds, None
+
+    def _replaced(self) -> bool:
+        """Whether somebody has put another in the place of a method of `_hooks`: then diffusers is to be asked."""
+        own = next(c for c in type(self).__mro__ if c.__module__.startswith("fastddpm."))
+        return any(h in vars(self) or getattr(type(self), h) is not getattr(own, h) for h in self._hooks)
 
     def _checked_generator(self, generator: Any) -> None:
         if generator is not None and self._seeds is not None:

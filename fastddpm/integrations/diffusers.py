@@ -53,7 +53,7 @@ class _FusedVP(Fused):
     def _host(self) -> list[int]:
         """The time steps' values, read from a device only where somebody else has set them."""
         plan = self._plan
-        return self.timesteps.tolist() if plan is None or plan.timesteps is not self.timesteps else plan.host
+        return plan.host if plan is not None and plan.knows(self.timesteps) else self.timesteps.tolist()
 
     def _seen(self) -> tuple[Any, ...]:
         return self._internal_dict, self.timesteps, self.alphas_cumprod, self.num_inference_steps
@@ -91,9 +91,9 @@ class _FusedVP(Fused):
         """The predicted clean sample, limited, by diffusers' operations in their order; a fresh tensor."""
         config, (a, b, *_) = self.config, row
         if config.prediction_type == "epsilon":
-            x0 = (m * -b).add_(x).div_(a)
+            x0 = (x - m * b).div_(a)  # laid out as x, as there
         elif config.prediction_type == "v_prediction":
-            x0 = (x * a).add_(m * -b)
+            x0 = x * a - m * b
         else:
             x0 = m.clone()
         if config.thresholding:
@@ -103,9 +103,7 @@ class _FusedVP(Fused):
     def _plan_of(self, host: list[int], columns: Sequence[Tensor], exists: list[bool]) -> Plan:
         """`Plan` of these columns; thresholding is not for the kernel."""
         table = partial(self._table, columns) if any(exists) and not self.config.thresholding else None
-        plan = Plan(self.timesteps, host, columns, exists, table, self._seen())
-        plan.index_by_time(columns)
-        return plan
+        return Plan(self.timesteps, host, columns, exists, table, self._seen())
 
     def _table(self, columns: Sequence[Tensor]) -> Any:
         """The columns as rows of the kernel's table."""
@@ -120,6 +118,8 @@ class _FusedVP(Fused):
 
 class FusedDDPMScheduler(_FusedVP, DDPMScheduler):
     """diffusers' `DDPMScheduler` with a fused step (Ho et al. 2020, algorithm 2); the same arguments and config."""
+
+    _hooks = ("_get_variance", "previous_timestep")
 
     def set_timesteps(
         self,
@@ -190,8 +190,11 @@ class FusedDDPMScheduler(_FusedVP, DDPMScheduler):
         prev = [*host[1:], -1] if follows else [t - 1 for t in host]
         at = rows.levels(self.alphas_cumprod.cpu(), host, prev, self.one.cpu())
         columns = rows.ddpm_columns(at, config.variance_type, self.variance_type, torch.tensor(host) <= 0)
-        fits = not {self.variance_type, config.variance_type} & {*LEARNED} and config.prediction_type in PREDICTIONS
-        return self._plan_of(host, columns, [fits and there for there in at.exists])
+        learned = {self.variance_type, config.variance_type} & {*LEARNED}
+        fits = not learned and config.prediction_type in PREDICTIONS and not self._replaced()
+        plan = self._plan_of(host, columns, [fits and there for there in at.exists])
+        plan.index_by_time(columns)
+        return plan
 
     def _table(self, columns: Sequence[Tensor]) -> Any:
         a, b, c0, c1, sigma = (c.double().numpy() for c in columns)
@@ -204,14 +207,14 @@ class FusedDDPMScheduler(_FusedVP, DDPMScheduler):
 class FusedDDIMScheduler(_FusedVP, DDIMScheduler):
     """diffusers' `DDIMScheduler` with a fused step (Song et al. 2021, eq. 12); the same arguments and config."""
 
-    _eta: float = 0.0
+    _hooks = ("_get_variance",)
 
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """Set the time steps, as diffusers does, and compute their coefficients."""
         super().set_timesteps(num_inference_steps, None)
         host = self.timesteps.tolist()
         self.timesteps = self.timesteps.to(device)
-        self._plan = self._made(host)
+        self._plan = self._made(host, 0.0 if self._plan is None else self._plan.eta)
 
     def step(
         self,
@@ -257,26 +260,31 @@ class FusedDDIMScheduler(_FusedVP, DDIMScheduler):
         a, b, _, direction, _ = row
         kind = self.config.prediction_type
         if clipped is not None or kind == "sample":
-            return ((m if clipped is None else clipped) * -a).add_(x).div_(b).mul_(direction)
-        return m * direction if kind == "epsilon" else (m * a).add_(x * b).mul_(direction)
+            return (x - (m if clipped is None else clipped) * a).div_(b).mul_(direction)
+        return m * direction if kind == "epsilon" else (m * a + x * b).mul_(direction)
 
     def _planned(self, eta: float = 0.0) -> Plan:
-        plan = self._plan
-        if plan is None or eta != self._eta or not plan.made_from(*self._seen()):
-            self._eta = eta
-            plan = self._plan = self._made(self._host())
+        plan = self._plan  # of threads with different etas, each keeps its own
+        if plan is None or eta != plan.eta or not plan.made_from(*self._seen()):
+            plan = self._plan = self._made(self._host(), eta)
         return plan
 
     def _seen(self) -> tuple[Any, ...]:
         return *super()._seen(), self.final_alpha_cumprod
 
-    def _made(self, host: list[int]) -> Plan:
-        config = self.config
+    def _made(self, host: list[int], eta: float) -> Plan:
+        config, count = self.config, len(self.alphas_cumprod)
         back = config.num_train_timesteps // (self.num_inference_steps or config.num_train_timesteps)
-        at = rows.levels(self.alphas_cumprod.cpu(), host, [t - back for t in host], self.final_alpha_cumprod)
-        columns = rows.ddim_columns(at, self._eta)
-        fits = config.prediction_type in PREDICTIONS
-        return self._plan_of(host, columns, [fits and there for there in at.exists])
+        every = list(range(count))  # a step may begin at any
+        at = rows.levels(self.alphas_cumprod.cpu(), every, [t - back for t in every], self.final_alpha_cumprod)
+        columns = rows.ddim_columns(at, eta)
+        fits = config.prediction_type in PREDICTIONS and not self._replaced()
+        exists = [fits and 0 <= t < count and t - back < count for t in host]
+        places = torch.tensor(host).clamp(0, count - 1)
+        plan = self._plan_of(host, [c[places] for c in columns], exists)
+        plan.eta = eta
+        plan.index_by_time(columns, every)
+        return plan
 
     def _table(self, columns: Sequence[Tensor]) -> Any:
         kind, (a, b, a_prev, direction, sigma) = self.config.prediction_type, (c.double().numpy() for c in columns)
