@@ -24,8 +24,9 @@ from fastddpm.integrations import diffusers as ours  # noqa: E402 (diffusers may
 
 sys.path.insert(0, str(Path(SOURCE).resolve()))
 try:
-    ddpm, ddim, dpm = (
-        importlib.import_module(f"tests.schedulers.test_scheduler_{name}") for name in ("ddpm", "ddim", "dpm_multi")
+    ddpm, ddim, dpm, lcm, unipc, euler, ancestral, heun = (
+        importlib.import_module(f"tests.schedulers.test_scheduler_{name}")
+        for name in ("ddpm", "ddim", "dpm_multi", "lcm", "unipc", "euler", "euler_ancestral", "heun")
     )
 finally:
     sys.path.pop(0)
@@ -41,3 +42,27 @@ class TestDDIM(ddim.DDIMSchedulerTest):
 
 class TestDPMSolverMultistep(dpm.DPMSolverMultistepSchedulerTest):
     scheduler_classes = (ours.FusedDPMSolverMultistepScheduler,)
+
+
+class TestLCM(lcm.LCMSchedulerTest):
+    scheduler_classes = (ours.FusedLCMScheduler,)
+
+
+class TestUniPCMultistep(unipc.UniPCMultistepSchedulerTest):
+    scheduler_classes = (ours.FusedUniPCMultistepScheduler,)
+
+
+class TestUniPCMultistep1D(unipc.UniPCMultistepScheduler1DTest):
+    scheduler_classes = (ours.FusedUniPCMultistepScheduler,)
+
+
+class TestEuler(euler.EulerDiscreteSchedulerTest):
+    scheduler_classes = (ours.FusedEulerDiscreteScheduler,)
+
+
+class TestEulerAncestral(ancestral.EulerAncestralDiscreteSchedulerTest):
+    scheduler_classes = (ours.FusedEulerAncestralDiscreteScheduler,)
+
+
+class TestHeun(heun.HeunDiscreteSchedulerTest):
+    scheduler_classes = (ours.FusedHeunDiscreteScheduler,)

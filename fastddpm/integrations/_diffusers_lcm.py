@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from ._diffusers_plan import EXACT, PREDICTIONS, Fused, Plan
 
 class FusedLCMScheduler(Fused, LCMScheduler):
     """diffusers' `LCMScheduler` with a fused step (arXiv 2310.04378, algorithm 3); the same arguments and config."""
+
+    _compatibles: ClassVar[list[str]] = ["LCMScheduler"]  # diffusers lists only the class itself, by its name
+    _hooks = ("get_scalings_for_boundary_condition_discrete",)
 
     def set_timesteps(
         self,
@@ -128,9 +131,9 @@ class FusedLCMScheduler(Fused, LCMScheduler):
         """The predicted clean sample, limited, by diffusers' operations in their order; a fresh tensor."""
         config, (a, b, *_) = self.config, row
         if config.prediction_type == "epsilon":
-            x0 = (m * -b).add_(x).div_(a)
+            x0 = (x - m * b).div_(a)  # laid out as x, as there
         else:
-            x0 = (x * a).add_(m * -b) if config.prediction_type == "v_prediction" else m.clone()
+            x0 = x * a - m * b if config.prediction_type == "v_prediction" else m.clone()
         if config.thresholding:
             return self._threshold_sample(x0)
         return x0.clamp_(-config.clip_sample_range, config.clip_sample_range) if config.clip_sample else x0
@@ -138,7 +141,7 @@ class FusedLCMScheduler(Fused, LCMScheduler):
     def _planned(self) -> Plan:
         plan = self._plan
         if plan is None or not plan.made_from(*self._seen()):
-            known = plan is not None and plan.timesteps is self.timesteps
+            known = plan is not None and plan.knows(self.timesteps)
             plan = self._plan = self._made(plan.host if known and plan else self.timesteps.tolist())
         return plan
 
@@ -148,16 +151,16 @@ class FusedLCMScheduler(Fused, LCMScheduler):
 
     def _made(self, host: list[int]) -> Plan:
         config = self.config
+        if config.prediction_type not in PREDICTIONS or self._replaced():
+            return Plan(self.timesteps, host, [], [], None, self._seen())
         at = rows.levels(self.alphas_cumprod.cpu(), host, [*host[1:], *host[-1:]], self.final_alpha_cumprod)
         scalings = self.get_scalings_for_boundary_condition_discrete  # of a tensor in float32, of an int in double
         of_ints = torch.tensor([scalings(t) for t in host], dtype=torch.float64, device="cpu")
         of_tensors = scalings(torch.tensor(host, device="cpu"))
         levels = [v.sqrt() for v in (at.now, 1 - at.now, at.prev, 1 - at.prev)]
         columns = [*levels, *of_tensors, *of_ints.view(-1, 2).unbind(1)]
-        fits = config.prediction_type in PREDICTIONS
-        exists = [fits and there for there in at.exists]
-        table = partial(self._table, columns) if any(exists) and not config.thresholding else None
-        return Plan(self.timesteps, host, columns, exists, table, self._seen())
+        table = partial(self._table, columns) if any(at.exists) and not config.thresholding else None
+        return Plan(self.timesteps, host, columns, at.exists, table, self._seen())
 
     def _table(self, columns: Sequence[Tensor]) -> Any:
         """The kernel's table. Without clipping its "x0" is the denoised sample; so one launch gives both."""

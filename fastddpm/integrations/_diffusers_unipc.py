@@ -26,6 +26,7 @@ class FusedUniPCMultistepScheduler(Fused, UniPCMultistepScheduler):
     this_order: Any
     timestep_list: Any
 
+    _hooks = ("convert_model_output", "multistep_uni_p_bh_update", "multistep_uni_c_bh_update")
     _plans: tuple[Plan, ...] = ()  # one for each order
 
     def set_timesteps(
@@ -49,7 +50,7 @@ class FusedUniPCMultistepScheduler(Fused, UniPCMultistepScheduler):
             return super().index_for_timestep(timestep, schedule_timesteps)
         plan = self._planned()[0]
         at = plan.locate(timestep)
-        return len(plan.host) - 1 if at is None else plan.positions[plan.host[at]][:2][-1]
+        return super().index_for_timestep(timestep) if at is None else plan.positions[plan.host[at]][:2][-1]
 
     @torch.compiler.disable
     def _init_step_index(self, timestep: Any) -> None:
@@ -122,14 +123,14 @@ class FusedUniPCMultistepScheduler(Fused, UniPCMultistepScheduler):
         kind, alpha, sigma = self.config.prediction_type, row[0], row[1]
         if not self.predict_x0:
             if kind == "v_prediction":
-                return (m * alpha).add_(x * sigma)
-            return (m * -alpha).add_(x).div_(sigma) if kind == "sample" else m.clone()
+                return m * alpha + x * sigma
+            return (x - m * alpha).div_(sigma) if kind == "sample" else m.clone()
         if kind == "epsilon":
-            x0 = (m * -sigma).add_(x).div_(alpha)
+            x0 = (x - m * sigma).div_(alpha)  # laid out as x, as there
         elif kind == "flow_prediction":
-            x0 = (m * -sigma).add_(x)
+            x0 = x - m * sigma
         else:
-            x0 = (x * alpha).add_(m * -sigma) if kind == "v_prediction" else m.clone()
+            x0 = x * alpha - m * sigma if kind == "v_prediction" else m.clone()
         return self._threshold_sample(x0) if self.config.thresholding else x0
 
     def _by_kernel(self, plan: Plan, before: Plan | None, order: int, m: Tensor, x: Tensor) -> tuple[Tensor, ...]:
@@ -150,7 +151,7 @@ class FusedUniPCMultistepScheduler(Fused, UniPCMultistepScheduler):
     def _planned(self) -> tuple[Plan, ...]:
         if not self._plans or not self._plans[0].made_from(*self._seen()):
             plans = self._plans
-            known = plans and plans[0].timesteps is self.timesteps
+            known = plans and plans[0].knows(self.timesteps)
             self._plans = self._made(plans[0].host if known else self.timesteps.tolist())
         return self._plans
 
@@ -161,7 +162,7 @@ class FusedUniPCMultistepScheduler(Fused, UniPCMultistepScheduler):
         """Whether there are rows for this config; diffusers does the others."""
         config = self.config
         kinds = (*PREDICTIONS, "flow_prediction") if self.predict_x0 else PREDICTIONS
-        return config.prediction_type in kinds and config.solver_order in (1, 2, 3)
+        return config.prediction_type in kinds and config.solver_order in (1, 2, 3) and not self._replaced()
 
     def _made(self, host: list[int]) -> tuple[Plan, ...]:
         config, seen = self.config, self._seen()

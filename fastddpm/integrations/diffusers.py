@@ -26,7 +26,9 @@ from . import _diffusers_rows as rows
 from ._diffusers_dpm import FusedDPMSolverMultistepScheduler
 from ._diffusers_euler import FusedEulerAncestralDiscreteScheduler, FusedEulerDiscreteScheduler
 from ._diffusers_heun import FusedHeunDiscreteScheduler
+from ._diffusers_lcm import FusedLCMScheduler
 from ._diffusers_plan import EXACT, LEARNED, PREDICTIONS, Fused, Plan
+from ._diffusers_unipc import FusedUniPCMultistepScheduler
 
 __all__ = [
     "FusedDDIMScheduler",
@@ -35,10 +37,13 @@ __all__ = [
     "FusedEulerAncestralDiscreteScheduler",
     "FusedEulerDiscreteScheduler",
     "FusedHeunDiscreteScheduler",
+    "FusedLCMScheduler",
+    "FusedUniPCMultistepScheduler",
     "SchedulerMixin",  # a pipeline's folder is loaded only through a module that has this name
 ]
 
 FusedDPMSolverMultistepScheduler.__module__ = __name__  # where a saved pipeline looks for it
+FusedLCMScheduler.__module__ = FusedUniPCMultistepScheduler.__module__ = __name__
 FusedEulerDiscreteScheduler.__module__ = FusedEulerAncestralDiscreteScheduler.__module__ = __name__
 FusedHeunDiscreteScheduler.__module__ = __name__
 
