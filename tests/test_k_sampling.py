@@ -218,10 +218,10 @@ def test_the_brownian_path_is_torchsdes_or_an_error_says_what_to_do(name):
 @pytest.mark.parametrize(
     "name, given, says",
     [
-        ("euler", {"sigmas": torch.tensor([1.0])}, "sigmas are no noise levels"),
+        ("euler", {"sigmas": torch.zeros(2, 2)}, "sigmas are no noise levels"),
         ("euler", {"sigmas": torch.tensor([1.0, 0.0, 0.0])}, "sigmas are no noise levels"),
         ("euler", {"sigmas": torch.tensor([math.nan, 0.0])}, "sigmas are no noise levels"),
-        ("euler_ancestral", {"sigmas": torch.tensor([1.0, 2.0])}, "sigmas don't fall .* or eta=0"),
+        ("euler_ancestral", {"sigmas": torch.tensor([1.0, 2.0])}, "sigmas rise.* or eta=0"),
         ("dpmpp_2m", {"sigmas": torch.tensor([1.0, 2.0, 1.0])}, "sigmas don't all fall or all rise"),
         ("euler", {"s_churn": -1.0}, "s_churn is -1.0"),
         ("euler", {"s_tmin": "low"}, "s_tmin is 'low'"),

@@ -46,13 +46,13 @@ def churned(
         rounded: from the levels that churn asks for to those that the model knows.
 
     Raises:
-        ConfigError: for a number out of range, or an eta above 0 where the sigmas don't fall.
+        ConfigError: for a number out of range, or an eta above 0 where the sigmas rise.
     """
     check(s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise, eta=eta)
     if eta > 1:
         raise ConfigError(f"eta is {eta!r}; allowed: a number in 0 ... 1")
-    if eta:
-        check_one_way(sigmas, falling=True)
+    if eta and (np.diff(sigmas) > 0).any():
+        raise ConfigError("sigmas rise; with ancestral noise they may not; or eta=0")
     now = sigmas[:-1]
     gamma = np.where((s_tmin <= now) & (now <= s_tmax), min(s_churn / len(now), math.sqrt(2) - 1), 0.0)
     hat = np.where(gamma > 0, np.maximum(rounded(now * (1 + gamma)), now), now)
@@ -90,10 +90,11 @@ def multistep(
     return replace(table, rows=rows)
 
 
-def linear_multistep(sigmas: Floats, order: int) -> StepTable:
+def linear_multistep(sigmas: Floats, order: int, denoise: bool = False) -> StepTable:
     """Adams-Bashforth in sigma: dx / dsigma = eps, a polynomial through the last `order` (1 ... 4) predicted eps.
 
-    Raises `ConfigError` for another order, or where the sigmas go up and down.
+    With `denoise` the step to sigma = 0 has order 1, and returns x_0. Raises `ConfigError` for another order, or where
+    the sigmas go up and down.
     """
     if isinstance(order, bool) or not isinstance(order, int) or not 1 <= order <= 4:
         raise ConfigError(f"order is {order!r}; allowed: 1, 2, 3 or 4")
@@ -101,12 +102,24 @@ def linear_multistep(sigmas: Floats, order: int) -> StepTable:
     points, shares = np.polynomial.legendre.leggauss(2)  # exact up to degree 3
     weights = np.zeros((4, len(sigmas) - 1))
     for i, (start, end) in enumerate(itertools.pairwise(sigmas)):
-        half, known = (end - start) / 2, sigmas[max(i + 1 - order, 0) : i + 1][::-1]
+        oldest = i if denoise and end == 0 else max(i + 1 - order, 0)
+        half, known = (end - start) / 2, sigmas[oldest : i + 1][::-1]
         for j, node in enumerate(known):
             others = np.delete(known, j)
             basis = (start + (points + 1)[:, None] * half - others) / (node - others)
             weights[j, i] = half * shares @ basis.prod(axis=1)
-    at = _at(sigmas)
+    return of_slopes(sigmas, weights)
+
+
+def of_slopes(sigmas: ArrayLike, weights: Floats, x_z: ArrayLike = 0.0) -> StepTable:
+    """x' = x + w_0 d_i + w_1 d_{i-1} + w_2 d_{i-2} + w_3 d_{i-3} + x_z z, with the slopes d = dx / dsigma = eps.
+
+    Args:
+        sigmas: the level at which each row finds its state, and the one behind the last, [rows + 1].
+        weights: w, float64 [4, rows].
+        x_z: scale of each row's noise, [rows].
+    """
+    at = _at(np.asarray(sigmas, dtype=np.float64))
     return step_table(
         at.t,
         x0_x=at.eps_x,
@@ -116,6 +129,7 @@ def linear_multistep(sigmas: Floats, order: int) -> StepTable:
         x_h1=weights[1],
         x_h2=weights[2],
         x_h3=weights[3],
+        x_z=x_z,
         k_x=at.alpha[1:],
         k_z=at.sigma[1:],
         start=at.start,
