@@ -56,6 +56,6 @@ def check_exploding(model: Any) -> None:
     flow = any(kind.__name__ == "CONST" for kind in type(sampling).__mro__)
     if flow or getattr(sampling, "noise_scale", 1.0) != 1.0:
         raise InputError(
-            "the model is a rectified flow (ComfyUI's CONST, or a noise_scale), for which ComfyUI's sampler adds another "
+            "the model is a rectified flow (CONST, or with a noise_scale), for which ComfyUI's sampler adds another "
             "noise; use a sampler without noise, such as sample_euler or sample_dpmpp_2m, or ComfyUI's own"
         )

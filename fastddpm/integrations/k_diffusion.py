@@ -25,6 +25,7 @@ All return x at sigmas[-1], in the dtype of x, a tensor of its own; and raise
 
 `table` returns the table itself, for `fastddpm.Sampler`, which on a GPU makes one graph of a step. Computed in float32
 (float64 on the CPU) whatever x is; what the model is given and what is returned has x's dtype.
+(k-diffusion turns an x of half precision into float32 in the samplers that divide by a sigma.)
 """
 
 from __future__ import annotations
