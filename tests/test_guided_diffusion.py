@@ -2,11 +2,13 @@
 
 Checked by hand against the repository itself (openai/guided-diffusion, commit 22e0df8; it is on no registry): all mean
 and variance types, respacings, rescaled time steps, clip, denoised_fn, cond_fn, p_sample and DDIM: 3e-12 with its
-tables in float64, and the same random numbers in the same order.
+tables in float64, and the same random numbers in the same order. DiT's at HEAD of its repository has the same loops.
 """
 
+import copy
 import inspect
 import itertools
+import pickle
 from enum import Enum, auto
 from types import SimpleNamespace
 
@@ -46,16 +48,19 @@ def shrunk(x):
     return 0.8 * x + 0.01
 
 
-def loop(kind, x, mean, variance, steps, *, eta=0.0, scale=None, clip=True, denoised_fn=None, cond_fn=None, y=0.0):
+def loop(
+    kind, x, mean, variance, steps, *, eta=0.0, scale=None, clip=True, denoised_fn=None, cond_fn=None, y=0.0, made=Model
+):
     """x and x_0 after each step; bar, beta and the posterior by hand from the visited steps' alpha_bar."""
     bar = np.cumprod(1 - BETAS)[steps]
     before = np.append(1.0, bar[:-1])
     beta = 1 - bar / before
-    model = Model(variance.startswith("learned"))
+    model = made(variance.startswith("learned"))
     small = beta * (1 - before) / (1 - bar)
     c_0, c_t = beta * np.sqrt(before) / (1 - bar), (1 - before) * np.sqrt(bar / before) / (1 - bar)
     for i in reversed(range(len(steps))):
-        t = torch.full((len(x),), steps[i] if scale is None else steps[i] * scale)
+        t = torch.full((len(x),), steps[i])
+        t = t if scale is None else t.float() * scale
         out = model(x, t, y)
         m, v = out[:, :3], out[:, 3:]
         kept = np.log(small[max(i, 1)])
@@ -115,8 +120,8 @@ def assert_same_loop(kind, mean, variance, respacing=None, scale=None, **options
         torch.testing.assert_close(out["sample"], x, rtol=1e-9, atol=1e-9)
         if not (kind == "p" and mean == "previous_x"):
             torch.testing.assert_close(out["pred_xstart"], x_0, rtol=1e-9, atol=1e-9)
-    told = [t if scale is None else t * scale for t in reversed(steps)]
-    assert [t for t, _ in model.seen] == pytest.approx(told)
+    told = [t if scale is None else float(torch.tensor(t).float() * scale) for t in reversed(steps)]
+    assert [t for t, _ in model.seen] == told
     assert {dtype for _, dtype in model.seen} == {torch.int64 if scale is None else torch.float32}
     torch.manual_seed(2)
     final = getattr(diffusion, name)(model, SHAPE, start(), **given)
@@ -142,6 +147,10 @@ def test_ddim(mean, eta, clip, cond_fn):
 @pytest.mark.parametrize("clip, cond_fn", [(True, None), (False, gradient)])
 def test_denoised_fn(kind, mean, variance, clip, cond_fn):
     assert_same_loop(kind, mean, variance, clip=clip, cond_fn=cond_fn, denoised_fn=shrunk)
+
+
+def test_no_respacing_is_all_time_steps():
+    assert GaussianDiffusion(BETAS, use_timesteps="").timestep_map == list(range(STEPS))  # their scripts' default
 
 
 @pytest.mark.parametrize("kind", ["p", "ddim"])
@@ -176,6 +185,31 @@ def test_theirs_is_read_by_its_attributes():
         GaussianDiffusion.of(SimpleNamespace(betas=BETAS))
 
 
+def theirs(name="SpacedDiffusion", **methods):
+    """A diffusion as DiT has it: without rescale_timesteps, with what the front has not."""
+    attributes = dict(betas=BETAS, model_mean_type="epsilon", model_var_type="fixed_small", training_losses="losses")
+    return type(name, (), {**attributes, **methods})()
+
+
+def test_what_the_front_has_not_is_theirs():
+    front = GaussianDiffusion.of(theirs())
+    assert front.training_losses == "losses"
+    assert not front.rescale_timesteps
+    with pytest.raises(AttributeError, match="calc_bpd_loop"):
+        front.calc_bpd_loop  # noqa: B018
+    with pytest.raises(AttributeError, match=r"no training_losses: it samples; GaussianDiffusion\.of"):
+        GaussianDiffusion(BETAS).training_losses  # noqa: B018
+
+
+def test_a_diffusion_that_samples_otherwise_is_refused():
+    with pytest.raises(ConfigError, match=r"a Mine samples otherwise .* \(its p_mean_variance is another\)"):
+        GaussianDiffusion.of(theirs("Mine", p_mean_variance=lambda self: None))
+    other = lambda self, model, shape, dump_steps=None: None  # noqa: E731  # the arguments of motion diffusion's
+    with pytest.raises(ConfigError, match="its p_sample_loop is another"):
+        GaussianDiffusion.of(theirs(p_sample_loop=other))
+    GaussianDiffusion.of(theirs(p_sample_loop=lambda self, model, shape, noise=None: None))
+
+
 def test_the_start_is_torchs_noise():
     diffusion, model = GaussianDiffusion(BETAS), Model()
     torch.manual_seed(4)
@@ -205,12 +239,42 @@ def test_the_noise_of_seeds_does_not_depend_on_the_batch(kind):
 
 def test_a_sampler_is_kept_for_the_next_call_of_the_same_kind():
     diffusion, model = GaussianDiffusion(BETAS), Model()
-    diffusion.p_sample_loop(model, SHAPE, seeds=0)
-    kept = diffusion._last
-    diffusion.p_sample_loop(model, SHAPE, seeds=1)
-    assert diffusion._last is kept
-    diffusion.ddim_sample_loop(model, SHAPE, seeds=1)
-    assert diffusion._last is not kept
+    for called in (model, model.forward):  # a bound method is another object at each access
+        diffusion.p_sample_loop(called, SHAPE, seeds=0)
+        kept = diffusion._last
+        diffusion.p_sample_loop(model.forward if called is not model else model, SHAPE, seeds=1)
+        assert diffusion._last is kept
+        diffusion.ddim_sample_loop(called, SHAPE, seeds=1)
+        assert diffusion._last is not kept
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda d: pickle.loads(pickle.dumps(d))], ids=["copy", "pickle"])
+def test_a_copy_of_a_used_one(copied):
+    diffusion, model = GaussianDiffusion.of(GaussianDiffusion(BETAS, use_timesteps="7")), Model()
+    expected = diffusion.p_sample_loop(model, SHAPE, seeds=0)
+    assert torch.equal(copied(diffusion).p_sample_loop(model, SHAPE, seeds=0), expected)
+
+
+class Last(Model):
+    """A model whose output lies in memory as [B, H, W, C], as that of convolutions in channels_last does."""
+
+    def forward(self, x, t, y=0.0):
+        return super().forward(x, t, y).contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("given", [torch.contiguous_format, torch.channels_last], ids=["rows", "last"])
+@pytest.mark.parametrize("kind", ["p", "ddim"])
+@pytest.mark.parametrize("mean", MEANS)
+def test_the_noise_is_theirs_in_any_memory_format(mean, kind, given):
+    """randn_like draws in the order of memory, which in their loop becomes the model's output's."""
+    x, options = start().contiguous(memory_format=given), {"eta": 1.0} if kind == "ddim" else {}
+    steps = list(range(STEPS))
+    torch.manual_seed(2)
+    expected = list(loop(kind, x, mean, "fixed_small", steps, made=Last, **options))[-1][0]
+    torch.manual_seed(2)
+    name = "p_sample_loop" if kind == "p" else "ddim_sample_loop"
+    got = getattr(GaussianDiffusion(BETAS, mean), name)(Last(), SHAPE, x, **options)
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_a_sample_that_is_put_there_is_gone_on_from():
@@ -244,6 +308,8 @@ def test_q_sample():
         ({"use_timesteps": [0, STEPS]}, "use_timesteps"),
         ({"use_timesteps": []}, "use_timesteps"),
         ({"use_timesteps": "50"}, "section 0 of 1 has 30"),
+        ({"use_timesteps": 25}, "use_timesteps are not all"),
+        ({"use_timesteps": ["a", 1]}, "use_timesteps are not all"),
     ],
 )
 def test_a_wrong_diffusion_is_one_line(given, says):
@@ -258,6 +324,24 @@ def test_a_wrong_call_is_one_line():
         diffusion.p_sample_loop(Model(), SHAPE, denoised_fn=shrunk)
     with pytest.raises(InputError, match="noise has shape"):
         diffusion.p_sample_loop(Model(), SHAPE, noise=torch.zeros(1, 3, 4, 4))
+    for wrong, says in (
+        ({"noise": np.zeros(SHAPE)}, "noise is a ndarray"),
+        ({"shape": 4}, "shape is 4; needed"),
+        ({"shape": (0, 3, 4, 4)}, r"shape is \(0, 3, 4, 4\)"),
+        ({"model": None}, "model is a NoneType"),
+        ({"model": lambda x, t: (x, x)}, "the model returned a tuple"),
+        (
+            {"model": lambda x, t: torch.cat([x, x], dim=1)},
+            r"needed: \(2, 3, 4, 4\), as model_var_type is 'fixed_small'",
+        ),
+        ({"device": "foo"}, "device is 'foo'"),
+        ({"cond_fn": lambda x, t: None}, "cond_fn returned a NoneType"),
+        ({"denoised_fn": lambda x: None}, "denoised_fn returned NoneType"),
+        ({"denoised_fn": lambda x: x[:1]}, r"denoised_fn returned \(1, 3, 4, 4\)"),
+    ):
+        with pytest.raises(InputError, match=says) as caught:
+            diffusion.ddim_sample_loop(**{"model": Model(), "shape": SHAPE, **wrong})
+        assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match="eta is 2"):
         diffusion.ddim_sample_loop(Model(), SHAPE, eta=2.0)
     with pytest.raises(NonFiniteError, match="sample 0 is not finite from step 0"):

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from fastddpm_kernels.columns import X0_M, X0_X, X_M, X_X, X_X0, X_Z, T
+from numpy.typing import NDArray
 
 from .. import solvers
 from ..errors import ConfigError
 from ..schedule import NoiseSchedule
 from ..solvers import StepTable
 from ..solvers.levels import Floats
+from ..solvers.spacing import timesteps
 
 MEANS = ("previous_x", "start_x", "epsilon")
 VARIANCES = ("learned", "fixed_small", "fixed_large", "learned_range")
@@ -28,12 +32,24 @@ class Process:
         mean: what the model predicts, one of `MEANS`.
         variance: one of `VARIANCES`.
         told: what the model is told of each row's time step, float64 [rows].
+        rescaled: whether it is told floats, not whole numbers.
     """
 
     schedule: NoiseSchedule
     mean: str
     variance: str
     told: Floats
+    rescaled: bool
+
+    @classmethod
+    def of(
+        cls, betas: Floats, mean: str, variance: str, rescaled: bool, visited: list[int], num_trained: int
+    ) -> Process:
+        """That of the visited time steps' betas; `rescaled`: the model is told t 1000 / num_trained."""
+        told = np.array(visited[::-1], dtype=np.float64)
+        if rescaled:  # in float32, as theirs, so that it is the same number
+            told = (told.astype(np.float32) * np.float32(1000.0 / num_trained)).astype(np.float64)
+        return cls(NoiseSchedule.from_betas(betas), mean, variance, told, rescaled)
 
     def ddpm(self, clip: bool, of_x0: bool) -> StepTable:
         """Ancestral sampling; `of_x0`: for an output that has been made x_0. See `solvers.ddpm`.
@@ -106,3 +122,30 @@ class Process:
         if self.mean == "previous_x" and not of_x0:
             rows[:, [X0_X, X0_M]] = self.predicted
         return rows
+
+
+def visited_steps(num_steps: int, use: str | Iterable[int] | None) -> NDArray[np.int64]:
+    """The time steps that `GaussianDiffusion`'s use_timesteps name, int64, rising.
+
+    Raises `ConfigError` for what isn't of 0 ... num_steps - 1.
+    """
+    if use is None or (isinstance(use, str) and not use):  # "": their scripts' default
+        return np.arange(num_steps)
+    if isinstance(use, str):
+        return timesteps(num_steps, None, use)[::-1]
+    visited = sorted(set(use), key=str) if isinstance(use, Iterable) else []
+    good = all(isinstance(t, int | np.integer) and not isinstance(t, bool) and 0 <= t < num_steps for t in visited)
+    if not visited or not good:
+        raise ConfigError(
+            f"use_timesteps are not all time steps; allowed: whole numbers in 0 ... {num_steps - 1}, or "
+            "words as '250', '10,10,20', 'ddim50'"
+        )
+    return np.sort(np.array(visited, dtype=np.int64))
+
+
+def word(name: str, given: Any, allowed: tuple[str, ...]) -> str:
+    """A type as a word: that of an enum by its name."""
+    made = str(getattr(given, "name", given)).lower()
+    if made not in allowed:
+        raise ConfigError(f"model_{name}_type is {given!r}; allowed: {', '.join(map(repr, allowed))}, or their enum's")
+    return made

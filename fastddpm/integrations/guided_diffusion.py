@@ -15,6 +15,7 @@ model that predicts x_0.
 
 from __future__ import annotations
 
+import inspect
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -22,22 +23,35 @@ from typing import Any
 import numpy as np
 import torch
 from fastddpm_kernels import q_sample as noised
-from numpy.typing import ArrayLike, NDArray
-from torch import Tensor, nn
+from numpy.typing import ArrayLike
+from torch import Tensor
 
-from ..buffers import initial_noise
-from ..errors import ConfigError, InputError
+from ..errors import ConfigError
 from ..sampler import Sampler
 from ..schedule import NoiseSchedule
-from ..seeds import sample_seeds
 from ..solvers import StepTable
 from ..solvers.levels import Floats
-from ..solvers.spacing import timesteps
-from .gaussian import MEANS, VARIANCES, Process
-from .given import Rows
+from ._guided_loop import Call, Model, Seeds, steps
+from .gaussian import MEANS, VARIANCES, Process, visited_steps, word
 
-Model = Callable[..., Any]
-Seeds = int | Sequence[int] | None
+_CLASSES = ("GaussianDiffusion", "SpacedDiffusion")
+_STEP = (  # what a sample is made of: a class with another one samples otherwise
+    "p_sample_loop",
+    "p_sample_loop_progressive",
+    "ddim_sample_loop",
+    "ddim_sample_loop_progressive",
+    "p_sample",
+    "ddim_sample",
+    "p_mean_variance",
+    "condition_mean",
+    "condition_score",
+    "q_posterior_mean_variance",
+    "_predict_xstart_from_eps",
+    "_predict_xstart_from_xprev",
+    "_predict_eps_from_xstart",
+    "_scale_timesteps",
+    "_wrap_model",
+)
 
 
 class GaussianDiffusion:
@@ -48,7 +62,7 @@ class GaussianDiffusion:
         model_mean_type: "epsilon", "start_x" or "previous_x", or guided-diffusion's ModelMeanType.
         model_var_type: "fixed_small", "fixed_large", "learned" (the second half of the model's channels is the log
             variance) or "learned_range" (a fraction between the logs of the fixed ones), or their ModelVarType.
-        loss_type: not used; their constructor has it.
+        loss_type: kept; nothing here reads it.
         rescale_timesteps: the model is told t 1000 / T, a float.
         use_timesteps: the time steps that are visited: any of 0 ... T - 1, or their ``timestep_respacing``, as "250",
             "10,10,20" or "ddim50"; None: all.
@@ -58,7 +72,7 @@ class GaussianDiffusion:
         num_timesteps: how many are visited.
         timestep_map: the model's time step of each.
         original_num_steps: T.
-        model_mean_type, model_var_type, rescale_timesteps: as given, the types as words.
+        model_mean_type, model_var_type, loss_type, rescale_timesteps: as given, the first two as words.
 
     Raises:
         ConfigError: for a value that is not among these.
@@ -74,37 +88,47 @@ class GaussianDiffusion:
         use_timesteps: str | Iterable[int] | None = None,
     ) -> None:
         trained = NoiseSchedule.from_betas(betas)
-        visited = _visited(trained.num_steps, use_timesteps)
+        visited = visited_steps(trained.num_steps, use_timesteps)
         ends = trained.log_alphas_cumprod[visited]
         spaced = trained.betas if len(visited) == trained.num_steps else -np.expm1(np.diff(ends, prepend=0.0))
-        self._set(spaced, model_mean_type, model_var_type, rescale_timesteps, visited.tolist(), trained.num_steps)
+        types = model_mean_type, model_var_type, loss_type
+        self._set(spaced, *types, rescale_timesteps, visited.tolist(), trained.num_steps)
 
     @classmethod
     def of(cls, diffusion: Any) -> GaussianDiffusion:
-        """The same as their `diffusion`, a GaussianDiffusion or SpacedDiffusion.
+        """The same as their `diffusion`, a GaussianDiffusion or SpacedDiffusion (DiT's too, and improved-diffusion's).
 
-        Read are betas, model_mean_type, model_var_type, rescale_timesteps and, where they are, timestep_map and
-        original_num_steps. Raises `ConfigError` for an object without them.
+        Read are betas, model_mean_type, model_var_type and, where they are, rescale_timesteps, timestep_map and
+        original_num_steps. What this class hasn't (training_losses, calc_bpd_loop, p_mean_variance, p_sample,
+        ddim_reverse_sample, alphas_cumprod, ...) is `diffusion`'s own.
+
+        Raises `ConfigError` for an object without these, or of a class that changes what a step is.
         """
         made = cls.__new__(cls)
         try:
             betas = np.asarray(diffusion.betas, dtype=np.float64)
-            types = diffusion.model_mean_type, diffusion.model_var_type, diffusion.rescale_timesteps
+            types = diffusion.model_mean_type, diffusion.model_var_type
         except AttributeError as error:
             raise ConfigError(
                 f"a {type(diffusion).__name__} is no GaussianDiffusion of guided-diffusion: {error}"
             ) from error
-        steps = list(getattr(diffusion, "timestep_map", range(len(betas))))
-        made._set(betas, *types, steps, getattr(diffusion, "original_num_steps", len(betas)))
+        _check_is_theirs(diffusion)
+        visited = list(getattr(diffusion, "timestep_map", range(len(betas))))
+        loss, rescale = getattr(diffusion, "loss_type", None), getattr(diffusion, "rescale_timesteps", False)
+        made._set(betas, *types, loss, rescale, visited, getattr(diffusion, "original_num_steps", len(betas)))
+        made._theirs = diffusion
         return made
 
-    def _set(self, betas: Floats, mean: Any, variance: Any, rescale: bool, steps: list[int], trained: int) -> None:
+    def _set(
+        self, betas: Floats, mean: Any, variance: Any, loss: Any, rescale: bool, visited: list[int], trained: int
+    ) -> None:
         self.betas, self.num_timesteps, self.rescale_timesteps = betas, len(betas), bool(rescale)
-        self.model_mean_type, self.model_var_type = _word("mean", mean, MEANS), _word("var", variance, VARIANCES)
-        self.timestep_map, self.original_num_steps = steps, trained
-        told = np.array(steps, dtype=np.float64) * (1000.0 / trained if rescale else 1.0)
-        self._process = Process(NoiseSchedule.from_betas(betas), self.model_mean_type, self.model_var_type, told[::-1])
+        self.model_mean_type, self.model_var_type = word("mean", mean, MEANS), word("var", variance, VARIANCES)
+        self.loss_type, self.timestep_map, self.original_num_steps = loss, visited, trained
+        types = self.model_mean_type, self.model_var_type
+        self._process = Process.of(betas, *types, self.rescale_timesteps, visited, trained)
         self._last: tuple[Model, Sampler] | None = None
+        self._theirs: Any = None
 
     # --- their methods ------------------------------------------------------------------------------------------------
 
@@ -160,10 +184,8 @@ class GaussianDiffusion:
             NonFiniteError: where a sample became NaN or infinite.
         """
         table = self._process.ddpm(clip_denoised, denoised_fn is not None)
-        given: dict[str, Any] = dict(
-            noise=noise, denoised_fn=denoised_fn, cond_fn=cond_fn, model_kwargs=model_kwargs, device=device
-        )
-        return self._sample(table, True, model, shape, progress=progress, seeds=seeds, **given)
+        call = Call(model, shape, noise, denoised_fn, cond_fn, model_kwargs, device, progress, seeds)
+        return self._sample(table, True, call)
 
     def ddim_sample_loop(
         self,
@@ -189,10 +211,8 @@ class GaussianDiffusion:
         The other arguments, what is returned and raised: as in `p_sample_loop`.
         """
         table = self._process.ddim(clip_denoised, denoised_fn is not None, eta)
-        given: dict[str, Any] = dict(
-            noise=noise, denoised_fn=denoised_fn, cond_fn=cond_fn, model_kwargs=model_kwargs, device=device
-        )
-        return self._sample(table, False, model, shape, progress=progress, seeds=seeds, **given)
+        call = Call(model, shape, noise, denoised_fn, cond_fn, model_kwargs, device, progress, seeds)
+        return self._sample(table, False, call)
 
     def p_sample_loop_progressive(
         self,
@@ -210,10 +230,8 @@ class GaussianDiffusion:
     ) -> Iterator[dict[str, Tensor]]:
         """`p_sample_loop`, yielding {"sample", "pred_xstart"} after each step; a "sample" put there is gone on from."""
         table = self._process.ddpm(clip_denoised, denoised_fn is not None)
-        given: dict[str, Any] = dict(
-            noise=noise, denoised_fn=denoised_fn, cond_fn=cond_fn, model_kwargs=model_kwargs, device=device
-        )
-        return self._steps(table, True, model, shape, progress=progress, seeds=seeds, **given)
+        call = Call(model, shape, noise, denoised_fn, cond_fn, model_kwargs, device, progress, seeds)
+        return steps(self._process, table, True, call)
 
     def ddim_sample_loop_progressive(
         self,
@@ -232,142 +250,55 @@ class GaussianDiffusion:
     ) -> Iterator[dict[str, Tensor]]:
         """`ddim_sample_loop`, yielding as `p_sample_loop_progressive` does."""
         table = self._process.ddim(clip_denoised, denoised_fn is not None, eta)
-        given: dict[str, Any] = dict(
-            noise=noise, denoised_fn=denoised_fn, cond_fn=cond_fn, model_kwargs=model_kwargs, device=device
-        )
-        return self._steps(table, False, model, shape, progress=progress, seeds=seeds, **given)
+        call = Call(model, shape, noise, denoised_fn, cond_fn, model_kwargs, device, progress, seeds)
+        return steps(self._process, table, False, call)
 
     # --- the loops ----------------------------------------------------------------------------------------------------
 
-    def _sample(self, table: StepTable, ancestral: bool, model: Model, shape: Sequence[int], **given: Any) -> Tensor:
-        if given["seeds"] is not None and given["cond_fn"] is None and given["denoised_fn"] is None:
-            return self._by_sampler(table, model, shape, **given)
-        (final,) = deque(self._steps(table, ancestral, model, shape, **given), maxlen=1)
+    def _sample(self, table: StepTable, ancestral: bool, call: Call) -> Tensor:
+        if call.seeds is not None and call.cond_fn is None and call.denoised_fn is None:
+            return self._by_sampler(table, call, call.seeds)
+        (final,) = deque(steps(self._process, table, ancestral, call), maxlen=1)
         return final["sample"]
 
-    def _by_sampler(
-        self,
-        table: StepTable,
-        model: Model,
-        shape: Sequence[int],
-        *,
-        noise: Tensor | None,
-        model_kwargs: Mapping[str, Any] | None,
-        device: torch.device | str | None,
-        progress: bool,
-        seeds: int | Sequence[int],
-        **_: None,
-    ) -> Tensor:
+    def _by_sampler(self, table: StepTable, call: Call, seeds: int | Sequence[int]) -> Tensor:
         """The last `Sampler` again, if it is for the same: it may have a graph."""
+        model, noise, device = call.model, call.noise, call.place()
         exact = torch.float64 if noise is not None and noise.dtype == torch.float64 else torch.float32
-        device = _device(model, noise, device)
         last, sampler = self._last or (None, None)
-        same = last is model and sampler is not None and sampler.device == device and sampler.state_dtype == exact
+        same = last == model and sampler is not None and sampler.device == device and sampler.state_dtype == exact
         if sampler is None or not same or not np.array_equal(sampler.table.rows, table.rows):
             sampler = Sampler(model, table, device=device, state_dtype=exact)
             self._last = model, sampler
-        return sampler.sample(shape, seeds=seeds, x_T=noise, model_kwargs=model_kwargs, progress=progress)
-
-    def _steps(
-        self,
-        table: StepTable,
-        ancestral: bool,
-        model: Model,
-        shape: Sequence[int],
-        *,
-        noise: Tensor | None,
-        denoised_fn: Callable[[Tensor], Tensor] | None,
-        cond_fn: Callable[..., Tensor] | None,
-        model_kwargs: Mapping[str, Any] | None,
-        device: torch.device | str | None,
-        progress: bool,
-        seeds: Seeds,
-    ) -> Iterator[dict[str, Tensor]]:
-        from tqdm.auto import tqdm
-
-        rows = Rows(table, _start(shape, noise, _device(model, noise, device), seeds), seeds)
-        times = rows.times(torch.float32 if self.rescale_timesteps else torch.int64)
-        told = dict(model_kwargs or {})
-        for i in tqdm(range(table.num_rows), disable=not progress):
-            with torch.no_grad():
-                x, t = rows.x, times[i]
-                output: Any = model(x, t, **told)
-                output = self._prepared(i, x, getattr(output, "sample", output), denoised_fn, table.learned)
-                z = torch.randn_like(x) if ancestral and seeds is None else None
-                gradient = None if cond_fn is None else cond_fn(x, t, **told).to(x.dtype)
-                if not ancestral and seeds is None:
-                    z = torch.randn_like(x)
-                x0 = rows.step(i, output, lambda z=z: z)  # type: ignore[misc]
-                if gradient is not None and ancestral:
-                    rows.x.add_(self._variance(i, x, output) * gradient)
-                elif gradient is not None:
-                    of_x0, of_x = self._process.score_shift(table, i)
-                    rows.x.add_(gradient, alpha=of_x)
-                    x0 = x0.add(gradient, alpha=of_x0)
-            out = {"sample": rows.x, "pred_xstart": x0}
-            yield out
-            rows.x = out["sample"].to(rows.x.dtype).contiguous()
-        rows.finished()
-
-    def _prepared(
-        self, i: int, x: Tensor, output: Tensor, denoised_fn: Callable[[Tensor], Tensor] | None, learned: bool
-    ) -> Tensor:
-        """What the table's row expects: the output; without the variance, where it isn't read; or x_0 in its place."""
-        channels = x.shape[1]
-        prediction, v = output[:, :channels], output[:, channels:]
-        if denoised_fn is not None:
-            of_x, of_m = self._process.predicted[i].tolist()
-            prediction = denoised_fn(of_x * x + of_m * prediction.to(x.dtype))
-            return torch.cat([prediction, v.to(prediction.dtype)], dim=1) if learned else prediction
-        return prediction if self.model_var_type.startswith("learned") and not learned else output
-
-    def _variance(self, i: int, x: Tensor, output: Tensor) -> Tensor | float:
-        """That of p(x_{t-1} | x_t) at row i, whose noise the last row doesn't add: with the gradient it counts."""
-        small, large = self._process.log_variances[i].tolist()
-        if self.model_var_type.startswith("fixed"):
-            return self._process.fixed_variance(i)
-        v = output[:, x.shape[1] :].to(x.dtype)
-        return torch.exp(v if self.model_var_type == "learned" else (large * (1 + v) + small * (1 - v)) / 2)
-
-
-def _start(shape: Sequence[int], noise: Tensor | None, device: torch.device, seeds: Seeds) -> Tensor:
-    if noise is not None:
-        if tuple(noise.shape) != tuple(shape):
-            raise InputError(f"noise has shape {tuple(noise.shape)}, shape is {tuple(shape)}; they must be the same")
-        return noise
-    if seeds is None:
-        return torch.randn(*shape, device=device)
-    return initial_noise(sample_seeds(seeds, shape[0]).to(device), shape[1:], torch.float32)
-
-
-def _device(model: Model, noise: Tensor | None, device: torch.device | str | None) -> torch.device:
-    if device is not None:
-        return torch.device(device)
-    own = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-    if own is not None:
-        return own.device
-    return torch.device("cpu") if noise is None else noise.device
-
-
-def _visited(num_steps: int, use: str | Iterable[int] | None) -> NDArray[np.int64]:
-    """The visited time steps, int64, rising; `ConfigError` for what isn't of 0 ... num_steps - 1."""
-    if use is None:
-        return np.arange(num_steps)
-    if isinstance(use, str):
-        return timesteps(num_steps, None, use)[::-1]
-    visited = sorted(set(use))
-    good = all(isinstance(t, int | np.integer) and not isinstance(t, bool) and 0 <= t < num_steps for t in visited)
-    if not visited or not good:
-        raise ConfigError(
-            f"use_timesteps are not all time steps; allowed: whole numbers in 0 ... {num_steps - 1}, or "
-            "words as '250', '10,10,20', 'ddim50'"
+        return sampler.sample(
+            call.shape, seeds=seeds, x_T=noise, model_kwargs=call.model_kwargs, progress=call.progress
         )
-    return np.array(visited, dtype=np.int64)
+
+    # --- what isn't here ----------------------------------------------------------------------------------------------
+
+    def __getattr__(self, name: str) -> Any:
+        """Losses, single steps, likelihoods, tables: those of the diffusion that `of` was given."""
+        theirs = self.__dict__.get("_theirs")
+        if theirs is not None and not name.startswith("__"):
+            return getattr(theirs, name)
+        raise AttributeError(
+            f"this GaussianDiffusion has no {name}: it samples; GaussianDiffusion.of(diffusion) has guided-diffusion's"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_last": None}  # a copy makes its own
 
 
-def _word(name: str, given: Any, allowed: tuple[str, ...]) -> str:
-    """A type as a word: that of an enum by its name."""
-    word = str(getattr(given, "name", given)).lower()
-    if word not in allowed:
-        raise ConfigError(f"model_{name}_type is {given!r}; allowed: {', '.join(map(repr, allowed))}, or their enum's")
-    return word
+def _check_is_theirs(diffusion: Any) -> None:
+    """`ConfigError` for a subclass that changes what a step is, or a namesake with other arguments."""
+    for name in _STEP:
+        owner = next((c for c in type(diffusion).__mro__ if name in vars(c)), None)
+        changed = owner is not None and owner.__name__ not in _CLASSES
+        if owner is not None and name in vars(GaussianDiffusion):
+            own, known = (inspect.signature(vars(c)[name]).parameters for c in (owner, GaussianDiffusion))
+            changed = changed or not set(own) <= set(known)
+        if changed:
+            raise ConfigError(
+                f"a {type(diffusion).__name__} samples otherwise than guided-diffusion's GaussianDiffusion (its {name} "
+                "is another); use its own loop, or fastddpm.Sampler(model, table)"
+            )
