@@ -133,7 +133,7 @@ class Setup:
         made = (Free if self.free else diffusers.UNet2DModel)(
             sample_size=self.size,
             layers_per_block=1,
-            block_out_channels=(32, 64),
+            block_out_channels=(16, 32),
             norm_num_groups=8,
             down_block_types=("DownBlock2D", "AttnDownBlock2D"),
             up_block_types=("AttnUpBlock2D", "UpBlock2D"),
