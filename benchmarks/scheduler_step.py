@@ -26,6 +26,8 @@ NAMES = (
     "EulerDiscreteScheduler",
     "EulerAncestralDiscreteScheduler",
     "HeunDiscreteScheduler",
+    "LCMScheduler",
+    "UniPCMultistepScheduler",
 )
 SHAPES = ((1, 16, 7), (1, 3, 32, 32), (16, 3, 32, 32), (16, 3, 64, 64))
 
