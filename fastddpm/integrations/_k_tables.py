@@ -79,7 +79,8 @@ def dpmpp_sde(sigmas: Floats, *, eta: float = 1.0, s_noise: float = 1.0, r: floa
 def _ancestral(log_from: Floats, log_to: Floats, eta: float) -> tuple[Floats, Floats]:
     """log sigma_down and sigma_up."""
     lost = -(eta**2) * np.expm1(2 * (log_to - log_from))
-    return log_to + 0.5 * np.log1p(-lost), np.exp(log_to) * np.sqrt(lost)
+    with np.errstate(divide="ignore"):
+        return log_to + 0.5 * np.log1p(-lost), np.exp(log_to) * np.sqrt(lost)
 
 
 def dpm_fast(sigma_min: float, sigma_max: float, n: int, *, eta: float = 0.0, s_noise: float = 1.0) -> StepTable:
