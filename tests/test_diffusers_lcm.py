@@ -165,6 +165,15 @@ def test_time_steps_off_the_schedule_and_changes_are_noticed():
     assert torch.equal(*made)
 
 
+def test_a_replaced_method_is_called():
+    class Mine:
+        def get_scalings_for_boundary_condition_discrete(self, timestep):
+            return 0.25, 0.5
+
+    one, other = (outputs(type("Own", (Mine, s), {})()) for s in PAIR)
+    assert torch.equal(one[-1], other[-1])
+
+
 def test_gradients_pass():
     made = []
     for scheduler in (s() for s in PAIR):

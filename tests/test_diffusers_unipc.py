@@ -204,6 +204,16 @@ def test_what_somebody_changes_is_noticed():
         FusedUniPCMultistepScheduler().step(x, 700, x)
 
 
+def test_a_replaced_method_is_called():
+    class Mine:
+        def convert_model_output(self, model_output, *args, **given):
+            return super().convert_model_output(model_output, *args, **given) * 0.5
+
+    one, other = (samples(type("Own", (Mine, s), {})()) for s in PAIR)
+    assert torch.equal(one[-1], other[-1])
+    assert not torch.equal(one[-1], samples(PAIR[0]())[-1])
+
+
 def test_gradients_pass():
     for order in (1, 2, 3):
         made = []
