@@ -175,6 +175,10 @@ def test_what_does_not_fit_a_session_is_refused():
         onnx.model(Session(STATE, TIME), output="third")
     with pytest.raises(InputError, match=r"input t is tensor\(string\); allowed"):
         onnx.model(Session(STATE, ("t", "string", [])))
+    with pytest.raises(InputError, match="x and t are both 't'"):
+        onnx.model(Session(STATE, TIME), x="t")
+    with pytest.raises(InputError, match=r"input t has shape \['b', 1\]; needed: \[\], \[1\] or \[batch\]"):
+        onnx.model(Session(STATE, ("t", "float", ["b", 1])))
     model = onnx.model(Session(STATE, TIME, ("label", "int64", ["b"])))
     with pytest.raises(InputError, match="model_kwargs are none; the session's other inputs are label"):
         model(torch.ones(2, 3), torch.tensor([1, 1]))

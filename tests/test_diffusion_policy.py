@@ -330,6 +330,13 @@ def test_arguments_that_do_not_fit_are_refused():
         sampler.sample((3, 8, 5), condition_data=data, condition_mask=mask)
     with pytest.raises(InputError, match="without conditional_sample, noise_scheduler, num_inference_steps"):
         accelerate_policy(nn.Linear(2, 2))
+
+    class Guided(Policy):
+        def conditional_sample(self, condition_data, condition_mask, guide=None, **kwargs):
+            return super().conditional_sample(condition_data, condition_mask, **kwargs)
+
+    with pytest.raises(InputError, match="the conditional_sample of Guided takes guide, as"):
+        accelerate_policy(Guided(unet(), scheduler(), 5))
     policy = accelerate_policy(Policy(unet(), scheduler("DDIMScheduler"), 5))
     with pytest.raises(ConfigError, match="variance_noise: not supported"):
         policy.conditional_sample(data, mask, variance_noise=None)

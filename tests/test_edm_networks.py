@@ -85,6 +85,22 @@ def test_float32_is_near_float64():
     torch.testing.assert_close(single.double(), edm_sampler(Net(), latents), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("last", [False, True])
+def test_the_callers_noise_is_drawn_as_theirs_in_any_dtype(last):
+    """In float64, in the order of the latents' memory: the random numbers are the same whatever the state's dtype."""
+    latents = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    latents = latents.contiguous(memory_format=torch.channels_last) if last else latents
+    names = {"S_churn": "churn", "S_min": "least", "S_max": "most", "S_noise": "noise"}
+    torch.manual_seed(1)
+    expected = algorithm_2(Net(), latents, None, torch.randn_like, 9, **{names[k]: v for k, v in CHURN.items()})
+    after = torch.rand(1)
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.float64, 1e-10)):
+        torch.manual_seed(1)
+        got = edm_sampler(Net(), latents, num_steps=9, dtype=dtype, **CHURN)
+        torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
+        assert torch.equal(after, torch.rand(1))
+
+
 def test_the_networks_limits_bound_the_levels():
     net = Net()
     net.sigma_min, net.sigma_max = 0.1, 10.0

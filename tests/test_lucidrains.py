@@ -6,6 +6,7 @@ build for every torch; so what doesn't import stands empty here while the packag
 
 import copy
 import importlib
+import pickle
 import sys
 from unittest import mock
 
@@ -139,19 +140,40 @@ def test_a_copy_a_state_dict_and_training_are_as_before():
     assert diffusion.model.final_conv.weight.grad.abs().max() > 0
 
 
+class Shrunk(torch.nn.Module):
+    channels = out_dim = 1
+    self_condition = True
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x, time, told=None):
+        assert time.dtype == torch.int64
+        return self.scale * (x if told is None else x - 0.1 * told) + 1e-3 * time[:, None, None, None]
+
+
+def test_a_pickle_is_accelerated_too(tmp_path):  # of a model that pickles, as the package's Unet doesn't
+    diffusion = ddp.GaussianDiffusion(Shrunk(), image_size=8, timesteps=20, sampling_timesteps=5)
+    fastddpm.accelerate(diffusion, seeds=3)
+    expected = diffusion.sample(2)
+    torch.save(diffusion, tmp_path / "diffusion.pt")
+    loaded = torch.load(tmp_path / "diffusion.pt", weights_only=False)
+    for twin in (loaded, pickle.loads(pickle.dumps(diffusion))):
+        assert type(twin) is type(diffusion)
+        assert torch.equal(twin.sample(2), expected)
+
+
+def test_interpolation_is_its_own():
+    diffusion, (one, other) = diffusion_of(), torch.rand(2, 2, 3, 8, 8)
+    made = []
+    for each in (diffusion, fastddpm.accelerate(copy.deepcopy(diffusion))):
+        torch.manual_seed(1)
+        made.append(each.interpolate(one, other, t=6, lam=0.3))
+    assert torch.equal(*made)
+
+
 def test_any_model_with_its_arguments():
-    class Shrunk(torch.nn.Module):
-        channels = out_dim = 1
-        self_condition = True
-
-        def __init__(self):
-            super().__init__()
-            self.scale = torch.nn.Parameter(torch.tensor(0.5))
-
-        def forward(self, x, time, told=None):
-            assert time.dtype == torch.int64
-            return self.scale * (x if told is None else x - 0.1 * told) + 1e-3 * time[:, None, None, None]
-
     diffusion = ddp.GaussianDiffusion(Shrunk(), image_size=(4, 6), timesteps=20)
     theirs = pictures(diffusion, 2)
     torch.testing.assert_close(pictures(fastddpm.accelerate(diffusion), 2), theirs, atol=1e-4, rtol=0)
@@ -173,3 +195,8 @@ def test_other_diffusions_are_refused():
     own.sampling_timesteps, own.is_ddim_sampling, own.ddim_sampling_eta = 2, True, 2.0
     with pytest.raises(ConfigError, match=r"eta is 2\.0"):
         own.sample(1)
+    own.sampling_timesteps = 0
+    with pytest.raises(ConfigError, match=r"sampling_timesteps is 0; allowed: an integer in 1 \.\.\. 5"):
+        own.sample(1)
+    with pytest.raises(ConfigError, match="weights are float64"):
+        own.double().p_sample_loop((1, 3, 8, 8))

@@ -67,7 +67,7 @@ def accelerate_policy(policy: Any, *, seed: int | None = None) -> Any:
     For Diffusion Policy's classes (of UNet and Transformer, low-dimensional, image, hybrid and video), and LeRobot's
     DiffusionPolicy or its DiffusionModel. ``del policy.conditional_sample`` (LeRobot: of policy.diffusion) undoes it.
     The policy's model, scheduler and number of steps are read at every call, so they may be exchanged; a copy of the
-    policy samples with the copy's model.
+    policy samples with the copy's model. (A conditional_sample of your own with the same arguments is replaced too.)
 
     Args:
         policy: the policy.
@@ -75,7 +75,7 @@ def accelerate_policy(policy: Any, *, seed: int | None = None) -> Any:
             this seed and each call after it with the next; ``policy.conditional_sample.seed = 0`` begins again.
 
     Raises:
-        InputError: for an object that has not what such a policy has.
+        InputError: for an object that has not what such a policy has, or whose conditional_sample takes more.
         ConfigError: for its scheduler, as `PolicySampler` (at once, not at the first call).
     """
     inner = policy if hasattr(policy, "unet") else getattr(policy, "diffusion", policy)
@@ -91,6 +91,13 @@ def accelerate_policy(policy: Any, *, seed: int | None = None) -> Any:
         loop = _LeRobotLoop
     elif "cond" in inspect.signature(inner.conditional_sample).parameters:
         loop = _TransformerLoop
+    known = inspect.signature(loop.__call__).parameters
+    more = [name for name in inspect.signature(inner.conditional_sample).parameters if name not in known]
+    if more:
+        raise InputError(
+            f"the conditional_sample of {type(inner).__name__} takes {', '.join(more)}, as Diffusion Policy's and "
+            "LeRobot's do not; keep the policy's own loop, or call fastddpm's conditional_sample"
+        )
     made = loop(inner, None if seed is None else check_seed(seed))
     made.sampler()
     inner.conditional_sample = made

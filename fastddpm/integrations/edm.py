@@ -54,7 +54,7 @@ def edm_sampler(
         latents: standard normal, [B, C, H, W]; never written to. None, with `seeds` a sequence: drawn from them, in the
             shape of the network's `img_channels` and `img_resolution`.
         class_labels: what the network takes, [B, classes] or None.
-        randn_like: draws line 5's noise, once before each step.
+        randn_like: draws line 5's noise, once before each step, like a float64 tensor of the latents' shape.
         num_steps: N.
         sigma_min, sigma_max, rho: the levels of eq. 5.
         S_churn, S_min, S_max, S_noise: how much noise is added, between which levels, and its scale (line 2 and 5).
@@ -82,26 +82,30 @@ def edm_sampler(
         shape = _shape(net, seeds)
         latents = initial_noise(sample_seeds(seeds or 0, shape[0]).to(device), shape[1:], dtype)
     rows = Rows(table, latents.to(device, dtype) * sigma, seeds)
-    z = randn_like(rows.x) if seeds is None else rows.noise_of_seeds()
+    # drawn as theirs draws it whatever the dtype here: in float64, in the memory format of the latents
+    blank = torch.empty_like(latents, dtype=torch.float64, device=device)
+
+    def draw() -> Tensor:
+        return randn_like(blank).to(dtype).contiguous()
+
+    z = draw() if seeds is None else rows.noise_of_seeds()
     rows.x = rows.x + sigma_tables.first_lift(given) * z
     model, told = partial(_network, net), {"class_labels": class_labels}
     if seeds is None or dtype == torch.float64:  # a Sampler tells its model sigma in float32
-        return _loop(rows, partial(model, **told), num_steps, randn_like, progress)
+        return _loop(rows, partial(model, **told), num_steps, draw, progress)
     sampler = Sampler(model, table, device=device, dtype=dtype)
     return sampler.sample(tuple(rows.x.shape), seeds=seeds, x_T=rows.x, model_kwargs=told, progress=progress)
 
 
 @torch.no_grad()
-def _loop(
-    rows: Rows, model: Callable[..., Tensor], steps: int, randn_like: Callable[[Tensor], Tensor], progress: bool
-) -> Tensor:
+def _loop(rows: Rows, model: Callable[..., Tensor], steps: int, draw: Callable[[], Tensor], progress: bool) -> Tensor:
     """Each step's noise is added behind the step before, where the table has it: drawn in the paper's order."""
     from tqdm import tqdm
 
     times = rows.times(rows.x.dtype)
     for row in tqdm(range(2 * steps - 1), disable=not progress):
         ends = row % 2 == 1
-        rows.step(row, model(rows.x, times[row]), (lambda: randn_like(rows.x)) if ends else None)
+        rows.step(row, model(rows.x, times[row]), draw if ends else None)
     return rows.finished()
 
 

@@ -300,5 +300,5 @@ def _check_is_theirs(diffusion: Any) -> None:
         if changed:
             raise ConfigError(
                 f"a {type(diffusion).__name__} samples otherwise than guided-diffusion's GaussianDiffusion (its {name} "
-                "is another); use its own loop, or fastddpm.Sampler(model, table)"
+                "is another); use its own loop, or GaussianDiffusion(betas, ...), which samples as guided-diffusion's"
             )

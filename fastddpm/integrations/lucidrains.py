@@ -6,7 +6,7 @@ Its objectives, self-conditioning, spacing of time steps, its DDIM (noise that a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -51,10 +51,11 @@ def accelerate(diffusion: Any, *, seeds: Seeds = None) -> Any:
         seeds: for the calls that are given none. None: torch's noise, as in the library.
 
     Returns:
-        `diffusion`. `sampling_timesteps`, `ddim_sampling_eta` and the rest may be changed later.
+        `diffusion`. `sampling_timesteps`, `ddim_sampling_eta` and the rest may be changed later; a copy or a pickle of
+        it is accelerated too.
 
     Raises:
-        ConfigError: for another kind of diffusion.
+        ConfigError: for another kind of diffusion, and in `sample` for weights in float64.
     """
     if not isinstance(diffusion, _Front):
         changed = [
@@ -78,11 +79,18 @@ def _fronted(cls: type) -> type:
     return type(cls.__name__, (_Front, cls), names)
 
 
+def _blank(cls: type) -> Any:
+    """An accelerated diffusion without a state, for a pickle to fill."""
+    fronted: Any = _fronted(cls)
+    return fronted.__new__(fronted)
+
+
 class _Front:
     """What stands before the class of a diffusion."""
 
     model: Any
     betas: Tensor
+    parameters: Callable[[], Iterable[Tensor]]
     num_timesteps: int
     sampling_timesteps: int
     ddim_sampling_eta: float
@@ -94,6 +102,11 @@ class _Front:
     unnormalize: Callable[[Tensor], Tensor]
     _fastddpm_loops: Loops
     _fastddpm_seeds: Seeds
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """A pickle names the library's class, for this one is made here."""
+        state: tuple[Any, ...] = tuple(super().__reduce_ex__(protocol)[2:])
+        return _blank, (type(self).__bases__[1],), *state
 
     def sample(self, batch_size: int = 16, return_all_timesteps: bool = False, *, seeds: Seeds = None) -> Tensor:
         """[batch_size, channels, height, width], in [0, 1]; or the states of all steps, [B, steps + 1, ...]."""
@@ -109,6 +122,10 @@ class _Front:
 
     def ddim_sample(self, shape: Sequence[int], return_all_timesteps: bool = False, *, seeds: Seeds = None) -> Tensor:
         """`sampling_timesteps` of them, by DDIM; as in the library."""
+        if not 1 <= self.sampling_timesteps <= self.num_timesteps:
+            raise ConfigError(
+                f"sampling_timesteps is {self.sampling_timesteps!r}; allowed: an integer in 1 ... {self.num_timesteps}"
+            )
         points = torch.linspace(-1, self.num_timesteps - 1, steps=self.sampling_timesteps + 1, device="cpu")
         times = points.int().flip(0).tolist()
         table = ddim_table(
@@ -126,6 +143,8 @@ class _Front:
     def _sampled(self, shape: tuple[int, ...], table: StepTable, all_timesteps: bool, seeds: Seeds) -> Tensor:
         from tqdm.auto import tqdm
 
+        if any(p.dtype == torch.float64 for p in self.parameters()):
+            raise ConfigError("the diffusion's weights are float64, its samples here float32; use diffusion.float()")
         seeds = self._fastddpm_seeds if seeds is None else seeds
         device, states = self.betas.device, []
         told = {SELF_CONDITION: torch.zeros(shape, device=device)} if self.self_condition else {}

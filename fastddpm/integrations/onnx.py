@@ -65,6 +65,12 @@ def model(
     for name, each in inputs.items():
         if each.type not in _DTYPES:
             raise InputError(f"the session's input {name} is {each.type}; allowed: {', '.join(_DTYPES)}")
+    if x == t:
+        raise InputError(f"x and t are both {x!r}; name the inputs of the state and of the time step")
+    if len(inputs[t].shape) > 1:
+        raise InputError(
+            f"the session's input {t} has shape {inputs[t].shape}; needed: [], [1] or [batch], the time steps"
+        )
     others = set(inputs) - {x, t}
 
     def run(state: Tensor, time: Tensor, **kwargs: Any) -> Tensor:
