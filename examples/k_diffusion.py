@@ -3,7 +3,6 @@
 The model here is the shipped one behind D(x; sigma), what k-diffusion's wrappers make of a network.
 """
 
-import numpy as np
 import torch
 
 import fastddpm
@@ -22,10 +21,8 @@ def model(x, sigma, label):
     return x / norm**2 - sigma[:, None, None, None] / norm * unet(x / norm, t, class_labels=label)
 
 
-n = 12
-ramp = np.linspace(0, 1, n)
-low, high = np.exp(log_sigmas[[0, -1]].numpy() / 7)
-sigmas = torch.tensor([*(high + ramp * (low - high)) ** 7, 0.0], dtype=torch.float32)  # Karras et al. 2022, eq. 5
+low, high = log_sigmas[[0, -1]].exp().tolist()
+sigmas = sampling.get_sigmas_karras(12, low, high)
 torch.manual_seed(0)
 x, label = torch.randn(2, 1, 32, 32) * sigmas[0], {"label": torch.tensor([1, 8])}
 

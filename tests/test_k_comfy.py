@@ -426,6 +426,36 @@ def test_nothing_that_is_given_or_returned_is_shared(name):
     assert len({t.data_ptr() for t in seen}) == len(seen)
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_the_model_is_told_the_sigmas_themselves(name):
+    """To the bit, in float32: who looks for the step in the sigmas, as many of ComfyUI's nodes do, finds it."""
+    options = {"noise_sampler": lambda a, b: torch.zeros(SHAPE)} if name in NOISY else {}
+    sigmas, told, seen = sampling.get_sigmas_karras(20, 0.0292, 14.6146), [], []
+
+    def noted(x, sigma):
+        told.append(sigma)
+        return model(x, sigma)
+
+    def callback(step):
+        assert torch.equal(step["sigma"], sigmas[step["i"]])
+        assert torch.equal(step["sigma_hat"], sigmas[step["i"]])
+        seen.append(told[-1])
+
+    sampler(name)(noted, start(torch.float32), sigmas, callback=callback, disable=True, **options)
+    assert torch.equal(torch.stack(seen), sigmas[:-1, None].expand(-1, 2))
+
+
+def test_extra_args_are_the_callers_own():
+    told, gains = {}, []
+
+    def noted(x, sigma, gain=1.0):
+        gains.append(gain)
+        return model(x, sigma)
+
+    sampling.sample_euler(noted, start(), SIGMAS, told, lambda step: told.update(gain=step["i"]), True)
+    assert gains == [1.0, 0, 1, 2, 3, 4, 5]
+
+
 @pytest.mark.parametrize("name", ["euler", "dpmpp_2m", "euler_ancestral", "heunpp2"])
 def test_a_model_that_writes_into_x_does_not_reach_the_callers(name):
     x = start()
