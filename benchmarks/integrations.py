@@ -5,8 +5,8 @@
     python benchmarks/integrations.py --short --out /tmp     # seconds, to see that it runs
 
 Both draw the same random numbers, and are compared before they are timed: who differs has no time. Then whole
-trajectories are timed in turn, each round beginning with another, on CUDA from an idle device to an idle device. Each
-loop is timed around a network that costs next to nothing (so that the loop is what is timed) and around a small real
+trajectories are timed in turn, each round beginning with another: on CUDA by the clock, from an idle device to an idle
+device; on one thread of a CPU by the processor's time, which other processes disturb less. Each loop is timed around a network that costs next to nothing (so that the loop is what is timed) and around a small real
 one. "Sampler" is the same solver by `fastddpm.Sampler`, its noise that of seeds; on CUDA it replays a graph a step, and
 what the fronts do without their graphs is timed too. A peer that isn't there is a row that says so.
 """
@@ -101,19 +101,20 @@ def checked(race: Race, calls: dict[str, Callable[[], Any]]) -> tuple[Gate, dict
     return gate, errors
 
 
-def figures(times: Times, evaluations: int) -> dict[str, Any]:
+def figures(seconds: list[float], evaluations: int) -> dict[str, Any]:
     """Of whole trajectories, and a step (an evaluation of the network) of them."""
+    times = Times(seconds)
     ms = {
         "median": times.median * 1e3,
-        "least": min(times.wall) * 1e3,
+        "least": min(seconds) * 1e3,
         "p10": times.decile(1) * 1e3,
         "p90": times.decile(9) * 1e3,
     }
     return {"ms": ms, "us_a_step": {name: value * 1e3 / evaluations for name, value in ms.items()}}
 
 
-def measured(race: Race, device: torch.device, rounds: int, seconds: float) -> dict[str, Any]:
-    """Compare, then time at least so many rounds, and at most 20 times as many where `seconds` allow them."""
+def measured(race: Race, device: torch.device, rounds: int, limit: float) -> dict[str, Any]:
+    """Compare, then time at least so many rounds, and at most 20 times as many where `limit` seconds allow them."""
     calls = contenders(race, device)
     gate, errors = checked(race, calls)
     record: dict[str, Any] = {"loop": race.loop, "evaluations": race.evaluations, "tolerance": race.atol}
@@ -124,14 +125,21 @@ def measured(race: Race, device: torch.device, rounds: int, seconds: float) -> d
     race_()  # warms up; says how many rounds there is time for
     one = sum(times.wall[0] for times in race_.times.values())
     race_.times = {name: Times() for name in calls}
-    rounds = max(rounds, min(20 * rounds, int(seconds / one)))
+    rounds = max(rounds, min(20 * rounds, int(limit / one)))
     for _ in range(rounds):
         race_()
-    made = {name: figures(times, race.evaluations) for name, times in race_.times.items()}
-    peer = race_.times["peer"].wall
-    for name, times in race_.times.items():  # by rounds: a slow spell is mostly longer than one
-        made[name]["x_peer"] = statistics.median(a / b for a, b in zip(peer, times.wall, strict=True))
-    return record | {"rounds": rounds, "contenders": made}
+    clock = clock_of(device)
+    taken = {name: times.cpu if clock == "processor" else times.wall for name, times in race_.times.items()}
+    made = {name: figures(seconds, race.evaluations) for name, seconds in taken.items()}
+    for name, seconds in taken.items():  # by rounds: a slow spell is mostly longer than one
+        made[name]["x_peer"] = statistics.median(a / b for a, b in zip(taken["peer"], seconds, strict=True))
+        made[name]["wall_ms"] = race_.times[name].median * 1e3
+    return record | {"rounds": rounds, "clock": clock, "contenders": made}
+
+
+def clock_of(device: torch.device) -> str:
+    """What is timed: processor time where there is one thread on a CPU, so that other processes count for less."""
+    return "processor" if device.type == "cpu" and torch.get_num_threads() == 1 else "wall"
 
 
 def run_case(name: str, setup: Setup, rounds: int, seconds: float) -> Iterator[dict[str, Any]]:
@@ -265,11 +273,13 @@ def said(record: dict[str, Any]) -> str:
 def about(record: dict[str, Any]) -> str:
     """What the figures depend on, in a line."""
     of, peers = record["machine"], record["peers"]
+    clock = next((loop["clock"] for loop in record["loops"] if "clock" in loop), None)
     versions = {"torch": of["versions"]["torch"], **{name: made for name, made in peers.items() if made}}
     return (
         f"{of['gpu'] if record['device'] == 'cuda' else of['cpu']}, {of['threads']} CPU threads, load "
         f"{of['load_average']} to {of['load_average_after']}, {record['batch']} x 3 x {record['size']} x "
-        f"{record['size']}, {record['steps']} steps; " + ", ".join(f"{name} {v[:12]}" for name, v in versions.items())
+        f"{record['size']}, {record['steps']} steps, {clock} time; "
+        + ", ".join(f"{name} {v[:12]}" for name, v in versions.items())
     )
 
 
