@@ -6,9 +6,11 @@
 
 Both draw the same random numbers, and are compared before they are timed: who differs has no time. Then whole
 trajectories are timed in turn, each round beginning with another: on CUDA by the clock, from an idle device to an idle
-device; on one thread of a CPU by the processor's time, which other processes disturb less. Each loop is timed around a network that costs next to nothing (so that the loop is what is timed) and around a small real
-one. "Sampler" is the same solver by `fastddpm.Sampler`, its noise that of seeds; on CUDA it replays a graph a step, and
-what the fronts do without their graphs is timed too. A peer that isn't there is a row that says so.
+device; on one thread of a CPU by the processor's time, which other processes disturb less. A time is the median, with
+the deciles; a ratio is the median of the rounds' own. Each loop is timed around a network that costs next to nothing
+(so that the loop is what is timed) and around a small real one. "Sampler" is the same solver by `fastddpm.Sampler`, its
+noise that of seeds; on CUDA it replays a graph a step, and what the fronts do without their graphs is timed too. A peer
+that isn't there is a row that says so.
 """
 
 from __future__ import annotations
