@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
+from fastddpm_kernels import columns as col
+from numpy.typing import NDArray
 from torch import Tensor
 
 from . import _diffusers_rows as rows
@@ -112,6 +114,22 @@ class FusedDPMSolverMultistepScheduler(Fused, DPMSolverMultistepScheduler):
         if at == n - 1 and (config.euler_at_final or few or config.final_sigmas_type == "zero"):
             return 1
         return min(order, 2) if at == n - 2 and few else order
+
+    def trajectory(self) -> NDArray[np.float64] | None:
+        """The steps from the first to the last as a `StepTable`'s rows, [n, columns]; None where diffusers is asked.
+
+        The levels k_x, k_z are 0, and noise is in x_z alone.
+        """
+        plans, made = self._planned(), []
+        if not plans[0].has_table:
+            return None
+        for at, t in enumerate(plans[0].host):
+            self.lower_order_nums = min(at, self.config.solver_order)
+            order = self._order(at)
+            row = plans[order - 1].table[at].copy()
+            row[[col.T, (col.X_H1, col.X_H2, col.X_H3)[order - 1]]] = t, 0.0
+            made.append(row)
+        return np.stack(made)
 
     def _converted(self, row: Sequence[float], m: Tensor, x: Tensor) -> Tensor:
         """What the solver extrapolates: x0 for DPM-Solver++, else the noise; a fresh tensor."""

@@ -1,7 +1,6 @@
 """diffusers' pipelines, their loop run by `Sampler`: ``pipe = fastddpm.accelerate(pipe)``.
 
-The tables have the scheduler's own time steps, and step from t to where it steps to, its oddities (``steps_offset``,
-DDIM with "linspace") included. What is drawn, and when, is as in diffusers; only rounding differs.
+What is drawn, and when, is as in diffusers; only rounding differs. `_pipeline_tables` has the tables.
 """
 
 from __future__ import annotations
@@ -10,42 +9,40 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
-import numpy as np
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, ImagePipelineOutput
+from diffusers import (
+    CMStochasticIterativeScheduler,
+    ConsistencyModelPipeline,
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    ImagePipelineOutput,
+)
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..errors import ConfigError, InputError
-from ..schedule import NoiseSchedule
 from ..solvers import StepTable
-from ..solvers.ddim import ddim_table
-from .loops import Loops, posterior_table, strides_between, with_given_noise
+from ._pipeline_tables import KNOWN, is_known, table_of
+from .loops import Loops, with_given_noise
 
 Generators = torch.Generator | list[torch.Generator] | None
 Seeds = int | Sequence[int] | None
-
-_SCHEDULERS = (DDPMScheduler, DDIMScheduler)
-_VARIANCES = {  # diffusers' name -> ours; its "learned" takes the root of what may be negative, "fixed_large_log" does
-    "fixed_small": "fixed_small",
-    "fixed_small_log": "fixed_small",
-    "fixed_large": "fixed_large",
-    "learned_range": "learned_range",
-}
 
 
 def accelerate(pipe: Any, *, seeds: Seeds = None) -> Any:
     """Make a pipeline's ``pipe(...)`` run through `Sampler`, and on CUDA through its graph; in place.
 
-    For `DDPMPipeline` with a `DDPMScheduler` or `DDIMScheduler`, `DDIMPipeline` with a `DDIMScheduler`, and subclasses
-    with the same ``__call__``; the unet is diffusers' `UNet2DModel`, `fastddpm.UNet`, or alike. The call keeps its
-    arguments, what it returns, its progress bar and its generators. It also takes
+    For `DDPMPipeline` with a `DDPMScheduler`, `DDIMScheduler` or `DPMSolverMultistepScheduler`, `DDIMPipeline` with a
+    `DDIMScheduler`, `ConsistencyModelPipeline`, and subclasses with the same ``__call__``; the unet is diffusers'
+    `UNet2DModel`, `fastddpm.UNet`, or alike. The call keeps its arguments, what it returns, its progress bar, callback
+    and generators. It also takes
 
         seeds: as in `Sampler.sample`, in a generator's place: the kernel makes the noise.
         class_labels: int64 [batch_size], a list, or one number for all, for a unet with classes.
 
-    Differences: the state between steps is float32 whatever the unet's dtype, "np" pictures are float32, and a sample
-    that isn't finite is a `NonFiniteError`.
+    Differences: the state between steps is float32 where the unet is in half precision, its "np" pictures are float32,
+    what a callback gets is a copy, and a sample that isn't finite is a `NonFiniteError`.
 
     Args:
         pipe: the pipeline. Its parts may be replaced later, and it may be saved: diffusers reads what it has written.
@@ -58,13 +55,18 @@ def accelerate(pipe: Any, *, seeds: Seeds = None) -> Any:
         ConfigError: for another pipeline or scheduler, here or in the call.
         InputError: in the call, for arguments that don't fit each other.
     """
-    fronts: dict[Any, type] = {DDPMPipeline.__call__: _DDPMFront, DDIMPipeline.__call__: _DDIMFront}
+    fronts: dict[Any, type] = {
+        DDPMPipeline.__call__: _DDPMFront,
+        DDIMPipeline.__call__: _DDIMFront,
+        ConsistencyModelPipeline.__call__: _ConsistencyFront,
+    }
     if not isinstance(pipe, _Front):
         front = fronts.get(type(pipe).__call__)
         if front is None:
+            taken = "diffusers' DDPMPipeline, DDIMPipeline and ConsistencyModelPipeline"
             raise ConfigError(
-                f"accelerate can't know the loop of {type(pipe).__name__}; it takes diffusers' DDPMPipeline and "
-                "DDIMPipeline. For others: fastddpm.Sampler(unet, table) in your own loop's place"
+                f"accelerate can't know the loop of {type(pipe).__name__}; it takes {taken}. "
+                "For others: fastddpm.Sampler(unet, table) in the loop's place"
             )
         _check_parts(pipe)
         cls: Any = type(pipe)
@@ -81,6 +83,11 @@ def _fronted(front: type, cls: type) -> type:
     return type(cls.__name__, (front, cls), names)
 
 
+def _blank(front: type, cls: type) -> Any:
+    made: Any = _fronted(front, cls)
+    return made.__new__(made)
+
+
 class _Front:
     """What stands before a pipeline's class."""
 
@@ -90,6 +97,9 @@ class _Front:
     numpy_to_pil: Callable[..., Any]
     _fastddpm_loops: Loops
     _fastddpm_seeds: Seeds
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _blank, type(self).__bases__, vars(self)
 
     def _pictures(
         self,
@@ -102,27 +112,28 @@ class _Front:
         class_labels: Any,
         **options: Any,
     ) -> ImagePipelineOutput | tuple[Any, ...]:
-        """The call of either pipeline; `options` are the scheduler's step's."""
+        """The call of DDPM's and DDIM's pipelines; `options` are the scheduler's step's."""
+        seeds = self._checked(batch_size, generator, seeds)
+        shape = (batch_size, *_sample_shape(self.unet))
+        told = _conditions(self.unet, class_labels, batch_size)
+        self.scheduler.set_timesteps(num_inference_steps)
+        x = self._sampled(shape, *table_of(self.scheduler, **options), generator, seeds, told)
+        images: Any = (x / 2 + 0.5).clamp(0, 1)
+        if output_type == "pt":
+            images = images.to(_parameter(self.unet).dtype)
+        else:
+            images = images.cpu().permute(0, 2, 3, 1).numpy()
+            images = self.numpy_to_pil(images) if output_type == "pil" else images
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _checked(self, batch_size: int, generator: Generators, seeds: Seeds) -> Seeds:
+        """The seeds of a call, or None for torch's noise."""
         _check_parts(self)
         if seeds is not None and generator is not None:
             raise InputError("seeds and generator are both given; the noise is made from one of them")
         if isinstance(generator, list) and len(generator) not in (1, batch_size):
             raise InputError(f"{len(generator)} generators were given for {batch_size} pictures; give one a picture")
-        if seeds is None and generator is None:
-            seeds = self._fastddpm_seeds
-        shape = (batch_size, *_sample_shape(self.unet))
-        told = _conditions(self.unet, class_labels, batch_size)
-        self.scheduler.set_timesteps(num_inference_steps)
-        table, draws = _table(self.scheduler, **options)
-        with self.progress_bar(total=table.num_rows) as bar:
-            x = self._sampled(shape, table, draws, generator, seeds, told, bar)
-        image = (x / 2 + 0.5).clamp(0, 1)
-        images: Any = image.to(_parameter(self.unet).dtype)
-        if output_type != "pt":
-            images = image.cpu().permute(0, 2, 3, 1).numpy()
-            if output_type == "pil":
-                images = self.numpy_to_pil(images)
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        return self._fastddpm_seeds if seeds is None and generator is None else seeds
 
     def _sampled(
         self,
@@ -132,15 +143,10 @@ class _Front:
         generator: Generators,
         seeds: Seeds,
         told: dict[str, Tensor],
-        bar: Any,
+        x_T: Tensor | None = None,
+        watch: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
-        def watch(row: int, x: Tensor) -> None:
-            bar.update()
-
-        if seeds is not None:
-            return self._fastddpm_loops.get(self.unet, table).run(shape, seeds=seeds, watch=watch, model_kwargs=told)
-
-        loop = self._fastddpm_loops.get(self.unet, with_given_noise(table))
+        """The samples, from x_T or from noise; `watch` is called after each step."""
         like = _parameter(self.unet)
 
         def draw() -> Tensor:
@@ -149,7 +155,21 @@ class _Front:
         def noise(row: int) -> Tensor | None:
             return draw() if draws[row] else None
 
-        return loop.run(shape, x_T=draw(), noise=noise, watch=watch, model_kwargs=told)
+        def after(row: int, x: Tensor) -> None:
+            bar.update()
+            if watch is not None:
+                watch(row, x)
+
+        given: dict[str, Any] = {"model_kwargs": told, "watch": after}
+        if seeds is not None:
+            given |= {"x_T": x_T, "seeds": seeds}
+        else:
+            given |= {"x_T": draw() if x_T is None else x_T, "noise": noise}
+            table = with_given_noise(table) if any(draws) else table
+        loop = self._fastddpm_loops.get(self.unet, table)
+        loop.state_dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        with self.progress_bar(total=table.num_rows) as bar:
+            return loop.run(shape, **given)
 
 
 class _DDPMFront(_Front):
@@ -184,22 +204,68 @@ class _DDIMFront(_Front):
         class_labels: Any = None,
     ) -> ImagePipelineOutput | tuple[Any, ...]:
         """As in diffusers; seeds and class_labels: see `accelerate`."""
-        if not isinstance(self.scheduler, DDIMScheduler):
-            raise ConfigError(
-                f"the scheduler is a {type(self.scheduler).__name__}, whose step takes no eta; "
-                "a DDIMPipeline needs a DDIMScheduler"
-            )
+        _needed(self, DDIMScheduler)
         given = (batch_size, generator, num_inference_steps, output_type, return_dict, seeds, class_labels)
         return self._pictures(*given, eta=eta, use_clipped_model_output=bool(use_clipped_model_output))
 
 
+class _ConsistencyFront(_Front):
+    check_inputs: Callable[..., None]
+    prepare_latents: Callable[..., Tensor]
+    prepare_class_labels: Callable[..., Tensor | None]
+    postprocess_image: Callable[..., Any]
+
+    def __call__(
+        self,
+        batch_size: int = 1,
+        class_labels: Any = None,
+        num_inference_steps: int = 1,
+        timesteps: list[int] | None = None,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        output_type: str | None = "pil",
+        return_dict: bool = True,
+        callback: Callable[[int, Any, Tensor], None] | None = None,
+        callback_steps: int = 1,
+        *,
+        seeds: Seeds = None,
+    ) -> ImagePipelineOutput | tuple[Any, ...]:
+        """As in diffusers; seeds: see `accelerate`."""
+        seeds = self._checked(batch_size, generator, seeds)
+        _needed(self, CMStochasticIterativeScheduler)
+        shape, like = (batch_size, *_sample_shape(self.unet)), _parameter(self.unet)
+        self.check_inputs(num_inference_steps, timesteps, latents, batch_size, shape[-1], callback_steps)
+        if seeds is None or latents is not None:
+            latents = self.prepare_latents(*shape, like.dtype, like.device, generator, latents)
+        labels = self.prepare_class_labels(batch_size, like.device, class_labels=class_labels)
+        if timesteps is None:
+            self.scheduler.set_timesteps(num_inference_steps)
+        else:
+            self.scheduler.set_timesteps(timesteps=timesteps, device=like.device)
+
+        def watch(row: int, x: Tensor) -> None:
+            if callback is not None and row % callback_steps == 0:
+                callback(row, self.scheduler.timesteps[row], x.to(like.dtype, copy=True))
+
+        told = {} if labels is None else {"class_labels": labels}
+        x = self._sampled(shape, *table_of(self.scheduler), generator, seeds, told, latents, watch)
+        images = self.postprocess_image(x.to(like.dtype) if output_type == "pt" else x, output_type)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+
+def _needed(pipe: Any, scheduler: type) -> None:
+    if not isinstance(pipe.scheduler, scheduler):
+        raise ConfigError(
+            f"the scheduler is a {type(pipe.scheduler).__name__}; a {type(pipe).__name__} needs a {scheduler.__name__}"
+        )
+
+
 def _check_parts(pipe: Any) -> None:
     """`ConfigError` for a scheduler whose step isn't known, or a unet that is moved to the device in each call."""
-    scheduler = pipe.scheduler
-    ours = type(scheduler).__module__.partition(".")[0] == "fastddpm"
-    if not any(isinstance(scheduler, k) and (ours or type(scheduler).step is k.step) for k in _SCHEDULERS):
+    if not is_known(pipe.scheduler):
+        names = ", ".join(k.__name__ for k in KNOWN)
         raise ConfigError(
-            f"the scheduler is a {type(scheduler).__name__}; accelerate takes DDPMScheduler and DDIMScheduler. "
+            f"the scheduler is a {type(pipe.scheduler).__name__}; accelerate takes {names}, with their own steps. "
             "For another solver: fastddpm.Sampler(pipe.unet, fastddpm.solvers.make(name, schedule, steps))"
         )
     if getattr(pipe.unet, "_hf_hook", None) is not None:
@@ -234,31 +300,3 @@ def _conditions(unet: Any, class_labels: Any, batch_size: int) -> dict[str, Tens
     if ((labels < 0) | (labels >= classes)).any():
         raise InputError(f"class_labels are {class_labels!r}; allowed: whole numbers in 0 ... {classes - 1}")
     return {"class_labels": labels.long().expand(batch_size)}
-
-
-def _table(scheduler: Any, eta: float = 0.0, use_clipped_model_output: bool = False) -> tuple[StepTable, list[bool]]:
-    """What the scheduler's `step` does at each of its time steps, and before which of them it draws noise."""
-    config = scheduler.config
-    schedule = NoiseSchedule.from_betas(scheduler.betas.cpu().double().numpy())
-    if not np.allclose(scheduler.alphas_cumprod.cpu(), schedule.alphas_cumprod, rtol=2e-3, atol=1e-6):
-        raise ConfigError("the scheduler's alphas_cumprod don't belong to its betas; make it anew from its config")
-    t = scheduler.timesteps.cpu().numpy()
-    thresholds = config.thresholding
-    common: dict[str, Any] = {
-        "prediction_type": config.prediction_type,
-        "clip": config.clip_sample_range if config.clip_sample else None,
-    }
-    if thresholds:  # there too it goes before the clip
-        common |= {"clip": config.sample_max_value, "ratio": config.dynamic_thresholding_ratio}
-    if isinstance(scheduler, DDIMScheduler):
-        s = t - config.num_train_timesteps // len(t)
-        final = 0.0 if config.set_alpha_to_one else float(schedule.log_alphas_cumprod[0])
-        strides = strides_between(schedule, t, s, final)
-        table = ddim_table(strides, eta=eta, use_clipped_model_output=use_clipped_model_output, **common)
-        return table, [eta > 0] * len(t)
-    variance = _VARIANCES.get(config.variance_type)
-    if variance is None:
-        allowed = ", ".join(map(repr, _VARIANCES))
-        raise ConfigError(f"the scheduler's variance_type is {config.variance_type!r}; allowed: {allowed}")
-    strides = strides_between(schedule, t, np.append(t[1:], -1))
-    return posterior_table(strides, variance=variance, **common), (t > 0).tolist()
