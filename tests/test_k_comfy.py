@@ -1,6 +1,7 @@
 """ComfyUI's samplers against their formulas in float64, and how its wrapped models, seeds and callbacks are taken.
 
-ComfyUI is no package; its code (comfy/k_diffusion/sampling.py, October 2025) was compared with by hand.
+ComfyUI is no package that a test could install. Its comfy/k_diffusion/sampling.py was read at 02159d8; of deis and
+res_multistep, the longest, a transcript was run beside ours once: 7e-15 in float64, 3e-6 in float32.
 """
 
 import itertools

@@ -18,18 +18,7 @@ Seeds = int | Sequence[int] | None
 
 @dataclass(frozen=True)
 class Call:
-    """What every sampler is called with.
-
-    Attributes:
-        model: model(x, sigma, **extra_args) -> x_0, shaped as x; sigma is [B] in x's dtype. Anything callable.
-        x: where to start, [B, ...], of noise level sigmas[0]; never written to.
-        sigmas: [n + 1] noise levels, above 0 but for the last one, on any device; fewer than two: x is returned.
-        extra_args: passed on to the model, as they are.
-        callback: called once a step, behind the model's first evaluation, with a dict of x (the state at sigma_hat), i,
-            sigma, sigma_hat (above sigma by the churn) and denoised (the model's own output).
-        disable: hide the progress bar; None: where stderr is no terminal.
-        seeds: draw the noise from these, one integer or one a sample, instead of torch's global random numbers.
-    """
+    """What every sampler is called with: see the docstring of `k_diffusion`."""
 
     model: Model
     x: Tensor

@@ -45,17 +45,17 @@ def run(
 
     x, steps = call.x, len(call.sigmas) - 1
     counts = [evaluations] * steps if isinstance(evaluations, int) else evaluations
-    told, times, row = {} if call.extra_args is None else call.extra_args, rows.times(x.dtype), 0
+    told, times, begin = {} if call.extra_args is None else call.extra_args, rows.times(x.dtype), 0
     for i in trange(steps, disable=call.disable):
-        last = min(row + counts[i], rows.table.num_rows) - 1
-        for first in range(row, last + 1):
+        end = min(begin + counts[i], rows.table.num_rows)
+        for row in range(begin, end):
             state = rows.x.to(x.dtype)
-            denoised = call.model(state, times[first], **told)
-            if call.callback is not None and first == row:
+            denoised = call.model(state, times[row], **told)
+            if call.callback is not None and row == begin:
                 hat = call.sigmas[i] if lifted is None or lifted[i] == 1 else call.sigmas[i] * lifted[i]
                 call.callback({"x": state, "i": i, "sigma": call.sigmas[i], "sigma_hat": hat, "denoised": denoised})
-            rows.step(first, denoised, None if noise is None else _behind(noise, i, first == last))
-        row = last + 1
+            rows.step(row, denoised, None if noise is None else _behind(noise, i, row == end - 1))
+        begin = end
     return rows.finished().to(x.dtype)
 
 

@@ -2,10 +2,11 @@
 
 A model is called as model(x, sigma, **extra_args), with x = x_0 + sigma eps, and returns x_0. The sigmas are the
 caller's. What is returned is what k-diffusion 0.1.1 returns, but for rounding: same defaults, and torch's global
-random numbers drawn in the same order. ComfyUI's own samplers (`sample_ddpm`, `sample_lcm`, `sample_res_multistep`,
-`sample_ipndm`, `sample_deis`, `sample_heunpp2`, `sample_gradient_estimation`) are ComfyUI's; and a model that ComfyUI
-wraps gets its noise from ``extra_args["seed"]``, as there. Nothing in a step waits for the GPU; the sigmas are read
-once, at the start.
+random numbers drawn in the same order. Nothing in a step waits for the GPU; the sigmas are read once, at the start.
+
+ComfyUI's own samplers (`_k_comfy`) are as there. And with a model that ComfyUI wraps the others follow ComfyUI where it
+differs: noise is of ``extra_args["seed"]``, churn is drawn where there is some, lms ends with x_0, and a rectified flow
+is an error where its noise is another.
 
 Arguments that all have in common:
     model: model(x, sigma, **extra_args) -> x_0, shaped as x; sigma is [B] in x's dtype. Anything callable.
@@ -13,7 +14,7 @@ Arguments that all have in common:
     sigmas: [n + 1] noise levels, above 0 but for the last one, on any device. With fewer than two x is returned.
     extra_args: passed on to the model.
     callback: called once a step, behind the model's first evaluation, with a dict of x (the state at sigma_hat: what is
-        written into it counts), i, sigma, sigma_hat and denoised (the model's output).
+        written into it counts, unless x has half precision), i, sigma, sigma_hat and denoised (the model's output).
     disable: hide the progress bar; None: where stderr is no terminal.
     seeds: beyond k-diffusion: draw the noise from these, one integer or one a sample, instead of torch's random
         numbers. Then it is the kernel's own, and a sample doesn't depend on what it is sampled with.
