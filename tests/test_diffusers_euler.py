@@ -328,12 +328,14 @@ def test_a_changed_scheduler_is_noticed(stock, fused):
             lambda s: s.register_to_config(prediction_type="v_prediction"),
             lambda s: setattr(s, "sigmas", s.sigmas * 1.1),
             lambda s: setattr(s, "timesteps", s.timesteps - 0.5),
-            lambda s: setattr(s, "_step_index", 5),
+            lambda s: s.sigmas.mul_(0.9),
+            lambda s: s.timesteps.add_(0.25),
+            lambda s: setattr(s, "_step_index", 7),
         ):
             t = scheduler.timesteps[scheduler.step_index or 0]
             x = scheduler.step(m, t, scheduler.scale_model_input(x, t)).prev_sample
             change(scheduler)
-        made.append(scheduler.step(m, scheduler.timesteps[5], x).prev_sample)
+        made.append(scheduler.step(m, scheduler.timesteps[7], x).prev_sample)
     assert torch.equal(*made)
 
 
@@ -353,6 +355,20 @@ def test_gradients_pass(stock, fused):
     n = len(made) // 2
     for one, other in zip(made[:n], made[n:], strict=True):
         torch.testing.assert_close(other, one)
+
+
+@each
+def test_time_steps_that_were_set_in_inference_mode(stock, fused):
+    """Where diffusers' own may raise."""
+    made = []
+    for scheduler, mode in ((fused(), True), (stock(), False)):
+        with torch.inference_mode(mode):
+            scheduler.set_timesteps(5)
+        torch.manual_seed(0)
+        x, t = torch.ones(1, 2, 3, 3, requires_grad=True), scheduler.timesteps[1]
+        scheduler.step(x * x, t, scheduler.scale_model_input(x, t)).pred_original_sample.sum().backward()
+        made.append(x.grad)
+    torch.testing.assert_close(made[1], made[0])
 
 
 def test_heun_changes_hands_between_its_two_calls(monkeypatch):

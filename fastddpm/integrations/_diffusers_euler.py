@@ -24,7 +24,7 @@ logger = logging.get_logger(__name__)
 
 
 class _FusedEuler(FusedSigmas):
-    """What both have in common. The row's first six columns are scale, divisor, v_m, v_x, dt and the noise's scale."""
+    """What both have in common. The row's columns are those of `rows.sigma_columns`."""
 
     def _columns(self, sigmas: Tensor) -> list[Tensor]:
         """The columns of the rows, [n] each, from levels [n + 1] on the CPU; empty where diffusers is to be asked."""
@@ -39,21 +39,21 @@ class _FusedEuler(FusedSigmas):
         table = partial(self._table, columns) if columns else None
         return SigmaPlan(self.timesteps, host, columns, table, self._seen())
 
-    def _row(self, m: Tensor, timestep: Any, x: Tensor) -> Any:
-        """The row of this step; None where diffusers is to be asked: it refuses time steps that are integers."""
-        if m.shape != x.shape or not (timestep.is_floating_point() if isinstance(timestep, Tensor) else True):
-            return None
-        if isinstance(timestep, int):
-            return None
-        row = self._planned().row(self._at(timestep))
+    def _row(self, m: Tensor, timestep: Any, x: Tensor) -> tuple[Any, int, Any]:
+        """(plan, index, row) of this step; the row is None where diffusers is to be asked, which refuses integers."""
+        whole = not timestep.is_floating_point() if isinstance(timestep, Tensor) else isinstance(timestep, int)
+        if whole or m.shape != x.shape:
+            return None, 0, None
+        plan, at = self._planned(), self._at(timestep)
+        row = plan.row(at)
         if row is not None and not self.is_scale_input_called:
             logger.warning("scale_model_input wasn't called: this scheduler's model takes scaled inputs")
-        return row
+        return plan, at, row
 
     def _euler(self, row: Sequence[Any], m: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """(x + dt (x - x0) / divisor, x0), by diffusers' operations."""
         x0 = self._x0(row, m, x)
-        return (x - x0).div_(row[1]).mul_(row[4]).add_(x), x0
+        return (x - x0).div_(row[1]).mul_(row[2]).add_(x), x0
 
     def _as_stock(self, prev: Tensor, x0: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
         """The kernel's results in the dtypes that diffusers' arithmetic gives them."""
@@ -61,8 +61,8 @@ class _FusedEuler(FusedSigmas):
         return prev.to(m.dtype), x0.to(m.dtype) if model_gives_x0 else x0
 
     def _rows(self, columns: Sequence[Tensor], **noise: Any) -> Any:
-        _, divisor, v_m, v_x, dt, *_ = (c.double().numpy() for c in columns)
-        x0_x, x0_m = rows.predicted_ve(self.config.prediction_type, divisor, v_m, v_x)
+        _, divisor, dt, *more = (c.double().numpy() for c in columns)
+        x0_x, x0_m = rows.predicted_ve(self.config.prediction_type, divisor, *more[-2:])
         return rows.table(len(dt), x0_x=x0_x, x0_m=x0_m, x_x=(divisor + dt) / divisor, x_x0=-dt / divisor, **noise)
 
 
@@ -103,17 +103,17 @@ class FusedEulerDiscreteScheduler(_FusedEuler, EulerDiscreteScheduler):
         if churn != self._churn:
             self._churn = churn
             self._renewed()
-        row = self._row(m, timestep, x)
-        by_kernel = row is not None and self._kernel_takes(self._planned(), self._step_index, m, x)
+        plan, at, row = self._row(m, timestep, x)
+        by_kernel = row is not None and self._kernel_takes(plan, at, m, x)
         if row is None or not (by_kernel or self._eager(m, x)):
             others = (s_churn, s_tmin, s_tmax, s_noise, generator, return_dict)
             step = partial(self._stock, super().step) if s_churn > 0 else super().step
             return step(m, timestep, x, *others)
-        at, x, lift = self._step_index, x.to(torch.float32), row[5]
-        if row[6]:  # noisy
-            x = x + self._drawn(m, m.dtype, at, generator).mul_(s_noise).mul_(lift)
+        x = x.to(torch.float32)
+        if s_churn > 0 and plan.rows[at][4]:  # there is noise
+            x = x + self._drawn(m, m.dtype, at, generator).mul_(s_noise).mul_(row[3])
         if by_kernel:
-            prev, x0 = self._as_stock(*self._step_by_kernel(self._planned(), at, m, x, [], False), m)
+            prev, x0 = self._as_stock(*self._step_by_kernel(plan, at, m, x, [], False), m)
         else:
             prev, x0 = self._euler(row, m, x)
         self._step_index = at + 1
@@ -121,7 +121,7 @@ class FusedEulerDiscreteScheduler(_FusedEuler, EulerDiscreteScheduler):
 
     def _columns(self, sigmas: Tensor) -> list[Tensor]:
         fits = self.config.prediction_type in (*PREDICTIONS, "original_sample")
-        return rows.euler_columns(sigmas, *self._churn) if fits else []
+        return rows.euler_columns(self.config.prediction_type, sigmas, *self._churn) if fits else []
 
     def _table(self, columns: Sequence[Tensor]) -> Any:
         return self._rows(columns)
@@ -149,14 +149,13 @@ class FusedEulerAncestralDiscreteScheduler(_FusedEuler, EulerAncestralDiscreteSc
         """
         self._checked_generator(generator)
         m, x = model_output, sample
-        row = self._row(m, timestep, x)
-        at = self._step_index
-        if row is not None and self._kernel_takes(self._planned(), at, m, x):
+        plan, at, row = self._row(m, timestep, x)
+        if row is not None and self._kernel_takes(plan, at, m, x):
             past = [self._drawn(m, m.dtype, at, generator)] if self._seeds is None else []
-            prev, x0 = self._as_stock(*self._step_by_kernel(self._planned(), at, m, x, past, False), m)
+            prev, x0 = self._as_stock(*self._step_by_kernel(plan, at, m, x, past, False), m)
         elif row is not None and self._eager(m, x):
             prev, x0 = self._euler(row, m, x.to(torch.float32))
-            prev.add_(self._drawn(m, m.dtype, at, generator).mul_(row[5]))
+            prev.add_(self._drawn(m, m.dtype, at, generator).mul_(row[3]))
         else:
             return self._stock(super().step, m, timestep, x, generator, return_dict)
         self._step_index = at + 1
@@ -164,8 +163,9 @@ class FusedEulerAncestralDiscreteScheduler(_FusedEuler, EulerAncestralDiscreteSc
         return out(prev_sample=prev, pred_original_sample=x0) if return_dict else (prev, x0)
 
     def _columns(self, sigmas: Tensor) -> list[Tensor]:
-        return rows.ancestral_columns(sigmas) if self.config.prediction_type in ("epsilon", "v_prediction") else []
+        kind = self.config.prediction_type
+        return rows.ancestral_columns(kind, sigmas) if kind in ("epsilon", "v_prediction") else []
 
     def _table(self, columns: Sequence[Tensor]) -> Any:
-        up = columns[5].double().numpy()
+        up = columns[3].double().numpy()
         return self._rows(columns, x_h1=up, x_z=up)

@@ -63,8 +63,8 @@ class FusedHeunDiscreteScheduler(FusedSigmas, HeunDiscreteScheduler):
             x0.clamp_(-bound, bound)
         slope = (x - x0).div_(row[1])
         if self.dt is None:
-            self.prev_derivative, self.dt, self.sample = slope, row[4], x
-            return (slope * row[4]).add_(x), x0
+            self.prev_derivative, self.dt, self.sample = slope, row[2], x
+            return (slope * row[2]).add_(x), x0
         prev = slope.add_(self.prev_derivative).div_(2).mul_(self.dt).add_(self.sample)
         self.prev_derivative = self.dt = self.sample = None
         return prev, x0
@@ -74,7 +74,7 @@ class FusedHeunDiscreteScheduler(FusedSigmas, HeunDiscreteScheduler):
         clip, both = self.config.clip_sample, torch.promote_types(m.dtype, x.dtype)
         if self._first is None:
             prev, x0 = self._step_by_kernel(plan, at, m, x, [], clip)
-            self._first, self.dt, self.sample = (at, x0), plan.rows[at][4], x
+            self._first, self.dt, self.sample = (at, x0), plan.row(at)[2], x
         else:
             prev, x0 = self._step_by_kernel(plan, len(plan.rows) + at, m, x, [self.sample, self._first[1]], clip)
             prev = prev.to(torch.promote_types(both, self.sample.dtype))
@@ -101,8 +101,9 @@ class FusedHeunDiscreteScheduler(FusedSigmas, HeunDiscreteScheduler):
         return self.prev_derivative
 
     def _made(self, host: Tensor) -> SigmaPlan:
-        sigmas, fits = self.sigmas.cpu(), self.config.prediction_type in PREDICTIONS
-        columns = [*rows.sigma_columns(sigmas[:-1], sigmas[:-1]), sigmas[1:] - sigmas[:-1]] if fits else []
+        sigmas, kind = self.sigmas.cpu(), self.config.prediction_type
+        fits = kind in PREDICTIONS
+        columns = rows.sigma_columns(kind, sigmas[:-1], sigmas[:-1], sigmas[1:]) if fits else []
         table = partial(self._table, columns) if fits else None
         return SigmaPlan(self.timesteps, host, columns, table, self._seen())
 
@@ -112,8 +113,8 @@ class FusedHeunDiscreteScheduler(FusedSigmas, HeunDiscreteScheduler):
         With x the state before the step, h1, and h2 its x0, the correction of x' is
         h1 + dt / 2 ((h1 - h2) / sigma + (x' - x0) / sigma').
         """
-        _, sigma, v_m, v_x, dt = (c.double().numpy() for c in columns)
-        x0_x, x0_m = rows.predicted_ve(self.config.prediction_type, sigma, v_m, v_x)
+        _, sigma, dt, *v = (c.double().numpy() for c in columns)
+        x0_x, x0_m = rows.predicted_ve(self.config.prediction_type, sigma, *v)
         before, now = 0.5 * np.roll(dt / sigma, 1), 0.5 * np.roll(dt, 1) / sigma
         none = np.zeros_like(dt)
         return rows.table(

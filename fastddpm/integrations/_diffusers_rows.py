@@ -105,37 +105,40 @@ def dpm_columns(
     return steps, [back[0] if order > 1 else none, *(v if order > 2 else none for v in back[1:])]
 
 
-def sigma_columns(sigma: Tensor, divisor: Tensor) -> list[Tensor]:
-    """scale, divisor, v_m, v_x of a model that is told sigma, as in k-diffusion; [n] each.
+def sigma_columns(kind: str, sigma: Tensor, divisor: Tensor, to: Tensor, *noise: Tensor) -> list[Tensor]:
+    """scale, divisor, dt, *noise and, of v alone, v_m, v_x, of a model that is told sigma (as in k-diffusion); [n] each.
 
-    Its input is x / scale; its predicted x0 is x - divisor eps or, of v, v_m v + x / v_x; the slope of the ODE is
-    (x - x0) / divisor. The divisor is sigma, or what churn lifts it to.
+    Its input is x / scale; its predicted x0 is x - divisor eps or, of v, v_m v + x / v_x; and Euler's step to the level
+    `to` is x' = x + dt (x - x0) / divisor. The divisor is sigma, or what churn lifts it to.
     """
     square = sigma**2 + 1
-    return [square**0.5, divisor, -sigma / square**0.5, square]
+    scale = square**0.5
+    return [scale, divisor, to - divisor, *noise, *([-sigma / scale, square] if kind == "v_prediction" else [])]
 
 
-def euler_columns(sigmas: Tensor, s_churn: float, s_tmin: float, s_tmax: float) -> list[Tensor]:
-    """`sigma_columns`, dt, lift, noisy of Euler's method over levels sigmas [n + 1]; [n] each.
+def euler_columns(kind: str, sigmas: Tensor, s_churn: float, s_tmin: float, s_tmax: float) -> list[Tensor]:
+    """`sigma_columns` of Euler's method over levels sigmas [n + 1] (EDM, arXiv 2206.00364, without its correction).
 
-    x' = x + dt (x - x0) / divisor (EDM, arXiv 2206.00364, algorithm 2, without its correction). Where `noisy`, x is
-    first lifted by lift z; diffusers' model was called before that.
+    With churn the noise has two columns, lift and where there is any: there x is first lifted by lift z. (diffusers'
+    model was called before that.)
     """
-    sigma, gamma = sigmas[:-1], min(s_churn / (len(sigmas) - 1), 2**0.5 - 1)
+    sigma, to, gamma = sigmas[:-1], sigmas[1:], min(s_churn / (len(sigmas) - 1), 2**0.5 - 1)
+    if gamma == 0:
+        return sigma_columns(kind, sigma, sigma, to)
     churned = (sigma >= s_tmin) & (sigma <= s_tmax)
     hat = torch.where(churned, sigma * (gamma + 1), sigma)
     lift = torch.where(churned, (hat**2 - sigma**2) ** 0.5, 0.0)
-    return [*sigma_columns(sigma, hat), sigmas[1:] - hat, lift, churned & (gamma > 0)]
+    return sigma_columns(kind, sigma, hat, to, lift, churned & (gamma > 0))
 
 
-def ancestral_columns(sigmas: Tensor) -> list[Tensor]:
-    """`sigma_columns`, dt, up of ancestral sampling over levels sigmas [n + 1]; [n] each.
+def ancestral_columns(kind: str, sigmas: Tensor) -> list[Tensor]:
+    """`sigma_columns` of ancestral sampling over levels sigmas [n + 1].
 
-    x' = x + dt (x - x0) / sigma + up z: Euler's method down to sqrt(sigma'^2 - up^2), then noise up to sigma'.
+    Its noise has one column, up: Euler's method down to sqrt(sigma'^2 - up^2), then noise up to sigma'.
     """
     now, to = sigmas[:-1], sigmas[1:]
     up = (to**2 * (now**2 - to**2) / now**2) ** 0.5
-    return [*sigma_columns(now, now), (to**2 - up**2) ** 0.5 - now, up]
+    return sigma_columns(kind, now, now, (to**2 - up**2) ** 0.5, up)
 
 
 def unipc_columns(
@@ -198,11 +201,12 @@ def predicted_noise(kind: str, a: Floats, b: Floats) -> tuple[Floats, Floats]:
     return (b, a) if kind == "v_prediction" else (np.zeros_like(a), np.ones_like(a))
 
 
-def predicted_ve(kind: str, divisor: Floats, v_m: Floats, v_x: Floats) -> tuple[Floats, Floats]:
-    """Coefficients of (x, m) in x0, from `sigma_columns`."""
+def predicted_ve(kind: str, divisor: Floats, *v: Floats) -> tuple[Floats, Floats]:
+    """Coefficients of (x, m) in x0, from `sigma_columns`, whose last two are v."""
+    one = np.ones_like(divisor)
     if kind == "epsilon":
-        return np.ones_like(divisor), -divisor
-    return (1 / v_x, v_m) if kind == "v_prediction" else (np.zeros_like(v_m), np.ones_like(v_m))
+        return one, -divisor
+    return (1 / v[1], v[0]) if kind == "v_prediction" else (np.zeros_like(one), one)
 
 
 def table(n: int, **columns: Floats | float) -> Floats:
