@@ -38,8 +38,9 @@ from torch import Tensor
 
 from benchmarks import command, results
 from benchmarks.gate import Gate
-from benchmarks.integration_cases import CASES, Missing, Race, Setup, guided_commit
+from benchmarks.integration_cases import CASES, Race, Setup
 from benchmarks.measure import Interleaved, Timer, Times, by_the_clock, load_average, machine
+from benchmarks.peers import Missing, guided_commit
 from benchmarks.run import choose_device
 from fastddpm.errors import InputError
 from fastddpm.sampler import Sampler

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import command, integration_cases, integrations
-from benchmarks.integration_cases import CASES, Missing, Race, Setup
+from benchmarks import command, integrations, peers
+from benchmarks.integration_cases import CASES, Race, Setup
 from fastddpm.sampler import Sampler
 
 CPU = torch.device("cpu")
@@ -30,7 +30,7 @@ def race(**changed: Any) -> Race:
 def test_ours_is_the_peers(name: str) -> None:
     try:
         races = list(CASES[name](TINY))
-    except Missing as error:
+    except peers.Missing as error:
         pytest.skip(str(error))
     assert races
     for one in races:
@@ -93,7 +93,7 @@ def race_table() -> Any:
 
 
 def test_it_runs(tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.delenv(integration_cases.CHECKOUT, raising=False)
+    monkeypatch.delenv(peers.CHECKOUT, raising=False)
     threads = torch.get_num_threads()
     words = ["--short", "--out", str(tmp_path), "--device", "cpu", "--peers", "Diffusion Policy; guided-diffusion"]
     try:
