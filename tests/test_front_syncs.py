@@ -1,4 +1,4 @@
-"""No step of the peers' fronts waits for the device: no more values are read in 30 steps than in 10, for the end's check."""
+"""No step of the peers' fronts waits for the device: 30 steps read no more values than 10: those of the last check."""
 
 from collections import Counter
 
