@@ -340,6 +340,32 @@ def test_a_changed_scheduler_is_noticed(stock, fused):
 
 
 @each
+def test_the_same_time_steps_again(stock, fused):
+    """Nothing is made anew; but it is where anything was changed."""
+    a, b = stock(), fused()
+    for scheduler in (a, b):
+        scheduler.set_timesteps(5)
+    before = b._plan
+    assert before is not None
+    outputs(b, n=5)
+    assert b._plan is before
+    for change in (
+        lambda s: s.timesteps.add_(0.25),
+        lambda s: s.sigmas.mul_(1.1),
+        lambda s: setattr(s, "alphas_cumprod", s.alphas_cumprod**0.9),
+        lambda s: s.register_to_config(prediction_type="v_prediction"),
+        lambda s: s.set_timesteps(6),
+        lambda s: s.set_timesteps(5, "cpu"),
+    ):
+        for scheduler in (a, b):
+            change(scheduler)
+        for one, other in zip(outputs(a, n=5), outputs(b, n=5), strict=True):
+            assert torch.equal(one, other)
+        assert torch.equal(a.timesteps, b.timesteps)
+        assert torch.equal(a.sigmas, b.sigmas)
+
+
+@each
 def test_gradients_pass(stock, fused):
     made = []
     for scheduler, kind in itertools.product((stock, fused), kinds(stock)):
