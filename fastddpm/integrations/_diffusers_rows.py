@@ -106,7 +106,7 @@ def dpm_columns(
 
 
 def sigma_columns(kind: str, sigma: Tensor, divisor: Tensor, to: Tensor, *noise: Tensor) -> list[Tensor]:
-    """scale, divisor, dt, *noise and, of v alone, v_m, v_x, of a model that is told sigma (as in k-diffusion); [n] each.
+    """scale, divisor, dt, *noise and, of v alone, v_m, v_x, of a model that's told sigma, as in k-diffusion; [n] each.
 
     Its input is x / scale; its predicted x0 is x - divisor eps or, of v, v_m v + x / v_x; and Euler's step to the level
     `to` is x' = x + dt (x - x0) / divisor. The divisor is sigma, or what churn lifts it to.
