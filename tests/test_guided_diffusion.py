@@ -295,6 +295,8 @@ def test_q_sample():
     drawn = diffusion.q_sample(x, t)
     torch.manual_seed(0)
     assert torch.equal(drawn, diffusion.q_sample(x, t, torch.randn_like(x)))
+    low = diffusion.q_sample(x.bfloat16(), t, noise.bfloat16())
+    torch.testing.assert_close(low, diffusion.q_sample(x.bfloat16().float(), t, noise.bfloat16().float()))  # float32
 
 
 @pytest.mark.parametrize(

@@ -139,11 +139,17 @@ class GaussianDiffusion:
             x_start: clean samples, [B, ...].
             t: int64 [B], counted among the visited time steps.
             noise: standard normal, like x_start; None: torch.randn_like.
+
+        Returns:
+            Like x_start, in float32 (float64 where it is), as theirs; gradients pass through.
         """
         schedule, exact = self._process.schedule, x_start.dtype == torch.float64
+        noise = torch.randn_like(x_start) if noise is None else noise
+        if not exact:
+            x_start, noise = x_start.float(), noise.float()
         columns = np.column_stack([schedule.sqrt_alphas_cumprod, schedule.sqrt_one_minus_alphas_cumprod])
         table = torch.tensor(columns, dtype=torch.float64 if exact else torch.float32, device=x_start.device)
-        return noised(x_start, t, table, noise=torch.randn_like(x_start) if noise is None else noise)[0]
+        return noised(x_start, t, table, noise=noise)[0]
 
     def p_sample_loop(
         self,
