@@ -93,9 +93,9 @@ class Plan:
         at = self.positions.get(timestep)
         return at[0] if at else None
 
-    def index_by_time(self, columns: Sequence[Tensor], times: Sequence[int] | None = None) -> None:
+    def index_by_time(self, columns: Sequence[Tensor], times: Tensor | None = None) -> None:
         """Prepare `row_of`. `times`: the columns' time steps, where they are not those of the plan."""
-        at = torch.tensor(self.host if times is None else times)
+        at = torch.tensor(self.host) if times is None else times
         by_time = torch.full((int(at.max()) + 1, len(columns)), torch.nan, dtype=columns[0].dtype)
         by_time[at] = torch.stack(list(columns), dim=1)
         self._table_by_time = by_time.to(self.timesteps.device)

@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 
+Ints = Sequence[int] | Tensor
+
+
 class Levels(NamedTuple):
     """alpha_bar of each step's noise level and of the one behind it, float32 [n] on the CPU, and where they exist."""
 
@@ -24,15 +27,14 @@ class Levels(NamedTuple):
     exists: list[bool]
 
 
-def levels(alphas_cumprod: Tensor, t: Sequence[int], prev: Sequence[int], final: Tensor | float) -> Levels:
+def levels(alphas_cumprod: Tensor, t: Ints, prev: Ints, final: Tensor | float) -> Levels:
     """`Levels` of time steps t with prev behind them; `final` is alpha_bar behind the last one (prev below 0)."""
     n = len(alphas_cumprod)
-    own, behind = (torch.tensor(v, dtype=torch.int64, device="cpu") for v in (t, prev))
+    own, behind = (torch.as_tensor(v, dtype=torch.int64, device="cpu") for v in (t, prev))
     last = torch.as_tensor(final, dtype=alphas_cumprod.dtype, device="cpu")
     before = torch.where(behind >= 0, alphas_cumprod[behind.clamp(0, n - 1)], last)
-    return Levels(
-        alphas_cumprod[own.clamp(0, n - 1)], before, [0 <= a < n and b < n for a, b in zip(t, prev, strict=True)]
-    )
+    exists = (own >= 0) & (own < n) & (behind < n)
+    return Levels(alphas_cumprod[own.clamp(0, n - 1)], before, exists.tolist())
 
 
 def ddpm_columns(at: Levels, variance_type: str, applied_as: str, last: Tensor) -> list[Tensor]:

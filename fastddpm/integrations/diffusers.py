@@ -280,8 +280,8 @@ class FusedDDIMScheduler(_FusedVP, DDIMScheduler):
     def _made(self, host: list[int], eta: float) -> Plan:
         config, count = self.config, len(self.alphas_cumprod)
         back = config.num_train_timesteps // (self.num_inference_steps or config.num_train_timesteps)
-        every = list(range(count))  # a step may begin at any
-        at = rows.levels(self.alphas_cumprod.cpu(), every, [t - back for t in every], self.final_alpha_cumprod)
+        every = torch.arange(count)  # a step may begin at any
+        at = rows.levels(self.alphas_cumprod.cpu(), every, every - back, self.final_alpha_cumprod)
         columns = rows.ddim_columns(at, eta)
         fits = config.prediction_type in PREDICTIONS and not self._replaced()
         exists = [fits and 0 <= t < count and t - back < count for t in host]
