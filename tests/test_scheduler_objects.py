@@ -195,6 +195,18 @@ def test_a_subclass_may_replace_parts_of_the_step(stock, fused):
     assert not torch.equal(made[0].prev_sample, made[2].prev_sample)
 
 
+@each
+def test_another_default_device(stock, fused):
+    m, x, made = torch.randn(2, 1, 3, 3), torch.randn(2, 1, 3, 3), []
+    for scheduler in (stock(), fused()):
+        with torch.device("meta"):
+            scheduler.set_timesteps(10)
+        made.append(
+            scheduler.step(m, scheduler.timesteps[2], x, generator=torch.Generator().manual_seed(0)).prev_sample
+        )
+    assert torch.equal(*made)
+
+
 def test_threads_with_different_etas():
     stock, fused = DDIMScheduler(), ours.FusedDDIMScheduler()
     m, x, z = (torch.randn(1, 1, 4, 4) for _ in range(3))

@@ -95,8 +95,8 @@ class Plan:
 
     def index_by_time(self, columns: Sequence[Tensor], times: Tensor | None = None) -> None:
         """Prepare `row_of`. `times`: the columns' time steps, where they are not those of the plan."""
-        at = torch.tensor(self.host) if times is None else times
-        by_time = torch.full((int(at.max()) + 1, len(columns)), torch.nan, dtype=columns[0].dtype)
+        at = torch.tensor(self.host, device="cpu") if times is None else times
+        by_time = torch.full((int(at.max()) + 1, len(columns)), torch.nan, dtype=columns[0].dtype, device="cpu")
         by_time[at] = torch.stack(list(columns), dim=1)
         self._table_by_time = by_time.to(self.timesteps.device)
 

@@ -194,7 +194,7 @@ class FusedDDPMScheduler(_FusedVP, DDPMScheduler):
         follows = self.custom_timesteps or self.num_inference_steps
         prev = [*host[1:], -1] if follows else [t - 1 for t in host]
         at = rows.levels(self.alphas_cumprod.cpu(), host, prev, self.one.cpu())
-        columns = rows.ddpm_columns(at, config.variance_type, self.variance_type, torch.tensor(host) <= 0)
+        columns = rows.ddpm_columns(at, config.variance_type, self.variance_type, torch.tensor(host, device="cpu") <= 0)
         learned = {self.variance_type, config.variance_type} & {*LEARNED}
         fits = not learned and config.prediction_type in PREDICTIONS and not self._replaced()
         plan = self._plan_of(host, columns, [fits and there for there in at.exists])
@@ -280,12 +280,12 @@ class FusedDDIMScheduler(_FusedVP, DDIMScheduler):
     def _made(self, host: list[int], eta: float) -> Plan:
         config, count = self.config, len(self.alphas_cumprod)
         back = config.num_train_timesteps // (self.num_inference_steps or config.num_train_timesteps)
-        every = torch.arange(count)  # a step may begin at any
+        every = torch.arange(count, device="cpu")  # a step may begin at any
         at = rows.levels(self.alphas_cumprod.cpu(), every, every - back, self.final_alpha_cumprod)
         columns = rows.ddim_columns(at, eta)
         fits = config.prediction_type in PREDICTIONS and not self._replaced()
         exists = [fits and 0 <= t < count and t - back < count for t in host]
-        places = torch.tensor(host).clamp(0, count - 1)
+        places = torch.tensor(host, device="cpu").clamp(0, count - 1)
         plan = self._plan_of(host, [c[places] for c in columns], exists)
         plan.eta = eta
         plan.index_by_time(columns, every)
