@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from fastddpm_kernels import columns as col
 from fastddpm_kernels import normal, reference
-from fastddpm_kernels.constants import STREAM_INITIAL
+from fastddpm_kernels.constants import STREAM_INITIAL, STREAM_STEP
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -30,7 +30,7 @@ class Buffers:
     model_input: Tensor  # [B or 2 B, ...] c_in * x in the model's dtype and memory format
     t: Tensor  # [B or 2 B] the model's time input
     table: Tensor  # [rows + 1, columns]
-    cursors: Tensor  # int32 [B or 2 B]; each half its own, since a cursor's advance writes its t
+    cursors: Tensor  # int32 [2, B]; a step reads the one row and writes the other
     seeds: Tensor  # int64 [B]
     nonfinite: Tensor  # int32 [B], 1 + the first bad step
     x0: Tensor | None
@@ -38,10 +38,12 @@ class Buffers:
     h2: Tensor | None
     h3: Tensor | None
     guidance: Tensor | None  # [B] weights
+    weights: Tensor | None  # [B] those at each sample's row: `guidance` itself, but for an interval
     rescale: Tensor | None  # [B]
     guided_rows: Tensor | None  # bool [rows + 1]
     known: Tensor | None  # [B, ...]
     mask: Tensor | None  # bool [B, ...]
+    z: Tensor | None  # [B, ...] noise that is given
     model_kwargs: dict[str, Any]  # its tensors, in dicts and lists too, are buffers
 
     @classmethod
@@ -61,6 +63,7 @@ class Buffers:
         whole = all(t.is_integer() for t in table.timesteps.tolist())
         zeros = partial(torch.zeros, device=device)
         state = partial(torch.empty, given.shape, dtype=state_dtype, device=device)
+        guidance = None if given.guidance is None else torch.empty(batch, dtype=state_dtype, device=device)
 
         def like(v: Tensor | None, dtype: torch.dtype = state_dtype) -> Tensor | None:
             return None if v is None else torch.empty(v.shape, dtype=dtype, device=device)
@@ -72,18 +75,20 @@ class Buffers:
             ),
             t=zeros(calls, dtype=torch.int64 if whole else torch.float32),
             table=torch.tensor(table.with_identity(), dtype=state_dtype, device=device),
-            cursors=zeros(calls, dtype=torch.int32),
+            cursors=zeros((2, batch), dtype=torch.int32),
             seeds=zeros(batch, dtype=torch.int64),
             nonfinite=zeros(batch, dtype=torch.int32),
             x0=None,
             h1=state() if table.history >= 1 else None,
             h2=state() if table.history >= 2 else None,
             h3=state() if table.history >= 3 else None,
-            guidance=like(given.guidance),
+            guidance=guidance,
+            weights=guidance if given.guided_rows is None else like(given.guidance),
             rescale=like(given.rescale),
             guided_rows=like(given.guided_rows, torch.bool),
             known=like(given.known),
             mask=like(given.mask, torch.bool),
+            z=state() if given.noise_is_given else None,
             model_kwargs=tree_map_only(Tensor, lambda v: torch.empty_like(v, device=device), given.model_kwargs),
         )
 
@@ -109,17 +114,11 @@ class Buffers:
             if isinstance(mine, Tensor):
                 mine.copy_(theirs)
 
-    @property
-    def cursor(self) -> Tensor:
-        """Each sample's row, int32 [B]."""
-        return self.cursors[: len(self.x)]
-
-    def weights(self) -> Tensor | None:
-        """Each sample's weight of guidance at its row, [B] on the device; None where there is none."""
-        if self.guidance is None or self.guided_rows is None:
-            return self.guidance
-        guided = self.guided_rows.index_select(0, self.cursor)
-        return torch.where(guided, self.guidance, torch.ones_like(self.guidance))
+    def weigh(self, cursor: Tensor) -> None:
+        """Set each sample's weight of guidance to that at its row."""
+        if self.guided_rows is not None and self.guidance is not None and self.weights is not None:
+            guided = self.guided_rows.index_select(0, cursor)
+            self.weights.copy_(torch.where(guided, self.guidance, torch.ones_like(self.guidance)))
 
 
 def initial_noise(seeds: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -127,3 +126,28 @@ def initial_noise(seeds: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Te
     if dtype == torch.float64:
         return reference.normal(seeds, shape, step=0, stream=STREAM_INITIAL, dtype=dtype)
     return normal(seeds, shape, stream=STREAM_INITIAL)
+
+
+class NoiseAhead:
+    """The noise of a loop's steps on the CPU, made for many rows at once: of one small row most would be overhead.
+
+    Called with a row's number, for its z of stream 1, [B, ...]: bit for bit what the step would make itself.
+    """
+
+    MOST = 1 << 16  # elements that are kept
+
+    def __init__(self, seeds: Tensor, like: Tensor, rows: int) -> None:
+        self._seeds, self._like, self._steps = seeds, like, torch.arange(rows)
+        self._rows = max(1, self.MOST // like.numel())  # of a block
+        self._block = -1
+        self._z: tuple[Tensor, ...] = ()
+
+    def __call__(self, row: int) -> Tensor:
+        block, at = divmod(row, self._rows)
+        if block != self._block:
+            steps = self._steps[block * self._rows :][: self._rows]
+            seeds, shape = self._seeds.repeat(len(steps)), self._like.shape
+            each = steps.repeat_interleave(len(self._seeds))
+            z = reference.normal(seeds, shape[1:], step=each, stream=STREAM_STEP, dtype=self._like.dtype)
+            self._block, self._z = block, z.view(-1, *shape).unbind()
+        return self._z[at]

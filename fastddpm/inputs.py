@@ -50,6 +50,7 @@ class Inputs:
         guidance, rescale: float64 [B], or None where all are without.
         guided_rows: bool [rows + 1], the table's rows with guidance, or None: all.
         known, mask: [B, ...], or None.
+        noise_is_given: whether each step is given its noise.
     """
 
     shape: tuple[int, ...]
@@ -62,6 +63,7 @@ class Inputs:
     guided_rows: Tensor | None
     known: Tensor | None
     mask: Tensor | None
+    noise_is_given: bool = False
 
     @classmethod
     def of(

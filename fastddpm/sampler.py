@@ -5,16 +5,17 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, NamedTuple, Unpack
 
 import torch
-from fastddpm_kernels import advance_, reverse_step_
+from fastddpm_kernels import LoopStep
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from . import graphs, solvers
-from .buffers import Buffers
+from .buffers import Buffers, NoiseAhead
 from .errors import DeviceError, GraphCaptureError, InputError, NonFiniteError
 from .inputs import Conditions, Inputs, PerSample
 from .schedule import NoiseSchedule
@@ -22,6 +23,8 @@ from .seeds import check_seed
 from .solvers import StepTable
 
 GraphMode = Literal["auto"] | bool
+Noise = Callable[[int], Tensor | None]
+Callback = Callable[[int, Tensor], object]
 
 
 class TraceStep(NamedTuple):
@@ -105,6 +108,8 @@ class Sampler:
         guidance_interval: tuple[float, float] | None = None,
         known: Tensor | None = None,
         mask: Tensor | None = None,
+        noise: Noise | None = None,
+        callback: Callback | None = None,
         progress: bool = False,
     ) -> Tensor:
         """Run the table from x_T to x_0.
@@ -128,6 +133,10 @@ class Sampler:
             known, mask: for inpainting: x_0 where the mask (bool) is True; both [B, ...] or broadcast to it. There the
                 state is the known sample, noised as the level asks for (Lugmayr et al. 2022, eq. 8a), with noise of
                 stream 3. Mind that a solver with history looks back at what it predicted there.
+            noise: the steps' noise, in place of the seeds': noise(row) is called before each row, whether it adds noise
+                or not, for z, standard normal [B, ...], or None for none. (Not x_T, nor what `known` is noised with.)
+            callback: callback(row, x) is called after each row, with the state of the batch that is computed: a buffer,
+                to be copied if it is to be kept.
             progress: show a progress bar on stderr.
 
         Returns:
@@ -150,6 +159,8 @@ class Sampler:
             known=known,
             mask=mask,
         )
+        if noise is not None and self.batch_size is not None:
+            raise InputError("noise is for one batch of all samples; make the sampler without a batch_size")
         batch = given.shape[0]
         size = self.batch_size or batch
         samples, flags = [], []
@@ -157,14 +168,28 @@ class Sampler:
         with self._lock, torch.inference_mode(False), torch.no_grad(), self._bar(progress, batch, size) as bar:
             for rows in torch.arange(batch, device="cpu").split(size):
                 part = given.part(torch.cat([rows, rows[-1:].expand(size - len(rows))]))  # the last one again and again
-                buffers, step = self._prepared(part)
-                buffers.start(part, self.table.init_noise_sigma)
-                for _ in range(self.table.num_rows):
-                    step()
-                    bar.update()
+                buffers = self._run(part, noise, callback, bar)
                 samples.append(buffers.x[: len(rows)].clone())
                 flags.append(buffers.nonfinite[: len(rows)].clone())
         return self._finite(torch.cat(samples), torch.cat(flags))
+
+    def _run(self, part: Inputs, noise: Noise | None, callback: Callback | None, bar: Any) -> Buffers:
+        """The loop."""
+        device = self._device(part.x_T)
+        ahead = noise is None and self.table.stochastic and device.type == "cpu"
+        part = replace(part, noise_is_given=noise is not None or ahead)
+        buffers, step = self._prepared(part)
+        buffers.start(part, self.table.init_noise_sigma)
+        z_of = NoiseAhead(buffers.seeds, buffers.x, self.table.num_rows) if ahead else noise
+        for row in range(self.table.num_rows):
+            if z_of is not None and buffers.z is not None:
+                z = z_of(row)
+                buffers.z.zero_() if z is None else buffers.z.copy_(z)
+            step()
+            if callback is not None:
+                callback(row, buffers.x)
+            bar.update()
+        return buffers
 
     def trace(
         self,
@@ -185,15 +210,15 @@ class Sampler:
             buffers = self._allocate(part)
             buffers.x0 = torch.empty_like(buffers.x)
             buffers.start(part, self.table.init_noise_sigma)
-        return self._steps(buffers, buffers.x0, progress)
+        return self._steps(buffers, self._loop_step(buffers), buffers.x0, progress)
 
-    def _steps(self, buffers: Buffers, predicted: Tensor, progress: bool) -> Iterator[TraceStep]:
+    def _steps(self, buffers: Buffers, step: LoopStep, predicted: Tensor, progress: bool) -> Iterator[TraceStep]:
         """The generator of `trace`, which has checked its arguments when it was called."""
         with self._bar(progress, 1, 1) as bar:
             for i, (t, (of_x, of_x0)) in enumerate(zip(self.table.timesteps, self.table.predicted, strict=True)):
                 with torch.inference_mode(False), torch.no_grad():
                     before = buffers.x.clone()
-                    self._step(buffers)
+                    self._step(buffers, step)
                     x0 = predicted.clone() if of_x == 0 else before.mul_(of_x).add_(predicted, alpha=of_x0)
                 bar.update()
                 yield TraceStep(i, float(t), buffers.x.clone(), x0)
@@ -201,14 +226,18 @@ class Sampler:
 
     # --- one step, and what it needs ----------------------------------------------------------------------------------
 
-    def _step(self, b: Buffers) -> None:
+    def _step(self, b: Buffers, step: LoopStep) -> None:
         """Evaluate the model and apply each sample's row: all that happens in the loop, and all that a graph holds."""
-        output = _tensor_of(self.model(b.model_input, b.t, **b.model_kwargs), b.model_input.shape, self.table.learned)
-        reverse_step_(
+        b.weigh(step.cursor)
+        output = self.model(b.model_input, b.t, **b.model_kwargs)
+        step(_tensor_of(output, b.model_input.shape, self.table.learned))
+
+    def _loop_step(self, b: Buffers) -> LoopStep:
+        return LoopStep(
             b.x,
-            output,
             b.table,
-            b.cursor,
+            b.cursors,
+            b.t,
             b.seeds,
             b.nonfinite,
             h1=b.h1,
@@ -216,10 +245,11 @@ class Sampler:
             h3=b.h3,
             model_input=b.model_input,
             x0=b.x0,
-            guidance=b.weights(),
+            guidance=b.weights,
             rescale=b.rescale,
             known=b.known,
             mask=b.mask,
+            z=b.z,
             limited=self.table.limited,
             dynamic=self.table.dynamic,
             noise=self.table.stochastic,
@@ -227,7 +257,6 @@ class Sampler:
             direct=self.table.direct,
             scaled=self.table.scaled,
         )
-        advance_(b.cursors, b.t, b.table)
 
     def _prepared(self, part: Inputs) -> tuple[Buffers, Callable[[], None]]:
         """Buffers, and the function that does a step on them: eagerly, or by replaying a graph."""
@@ -249,7 +278,7 @@ class Sampler:
                     self._captured.clear()
                 warnings.warn(f"no CUDA graph: {error}; sampling goes on eagerly, slower", stacklevel=3)
         buffers = self._allocate(part)
-        return buffers, partial(self._step, buffers)
+        return buffers, partial(self._step, buffers, self._loop_step(buffers))
 
     def _wants_graph(self, device: torch.device) -> bool:
         return device.type == "cuda" and self.graph is not False and not self._graph_refused
@@ -257,7 +286,13 @@ class Sampler:
     def _capture(self, part: Inputs, device: torch.device) -> tuple[Buffers, Callable[[], None]]:
         buffers = self._allocate(part)
         buffers.start(part, self.table.init_noise_sigma)  # for the warm-up
-        return buffers, graphs.capture(partial(self._step, buffers), device)
+        step = self._loop_step(buffers)
+
+        def captured() -> None:
+            self._step(buffers, step)
+            step.turn_back()  # every replay reads the same one of the two buffers of cursors
+
+        return buffers, graphs.capture(captured, device)
 
     def _allocate(self, part: Inputs) -> Buffers:
         return Buffers.of(
@@ -361,7 +396,7 @@ def _key(part: Inputs) -> tuple[Any, ...]:
 
     leaves, spec = tree_flatten(part.model_kwargs)
     there = tuple(v is not None for v in (part.guidance, part.rescale, part.guided_rows, part.known))
-    return part.shape, there, str(spec), tuple(described(v) for v in leaves)
+    return part.shape, there, part.noise_is_given, str(spec), tuple(described(v) for v in leaves)
 
 
 def _tensor_of(output: Any, shape: torch.Size, learned: bool) -> Tensor:

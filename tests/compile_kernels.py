@@ -90,6 +90,8 @@ def variants() -> dict[str, Launch]:
         buffers |= {name: torch.zeros(shape[0]) for name in ("guidance", "rescale") if guided}
         buffers |= {"bound": torch.zeros(shape[0], 2)} if flags.pop("dynamic", False) else {}
         buffers |= {"known": x, "mask": x > 0} if flags.pop("inpaint", False) else {}
+        buffers |= {"z": x} if flags.pop("given", False) else {}
+        buffers |= {"next_cursor": cursor, "t": t}
         flags = {"limited": True, "noise": True, "direct": False, "scaled": False} | flags
         launch = partial(reverse_step_kernel.launch_reverse_step, out=x, model_input=m, **buffers, **flags)
         output = torch.cat([m, m], dim=1) if flags.get("learned") else m
@@ -135,6 +137,8 @@ def variants() -> dict[str, Launch]:
     made["reverse_step-history3-odd"] = reverse(history=3, shape=(2, 3, 5, 7))
     made["reverse_step-channels_last-history3"] = reverse(last=True, history=3)
     made["reverse_step-x0"] = reverse(x0=True)
+    made["reverse_step-given"] = reverse(given=True)
+    made["reverse_step-channels_last-given"] = reverse(last=True, given=True, history=1, direct=True, scaled=True)
     made["reverse_step-history1-noise"] = reverse(history=1, x0=True, shape=(2, 1, 28, 28))
     made["reverse_step-channels_last"] = reverse(last=True)
     made["reverse_step-channels_last-learned"] = reverse(torch.float32, last=True, learned=True, shape=(2, 1, 28, 28))

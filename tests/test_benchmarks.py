@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from fastddpm_kernels import LoopStep
+from torch import Tensor
 from torch.autograd import DeviceType
 
 from benchmarks import command, counts, report, results, step_cases, suite
@@ -182,8 +184,14 @@ def test_a_gradient_adds_to_nothing() -> None:
 @pytest.mark.parametrize("name", ["ddpm", "ddim"])
 def test_the_step_measured_is_the_samplers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[dict[str, bool]] = []
-    for module in (step_cases, sampler):
-        monkeypatch.setattr(module, "reverse_step_", lambda *_, **words: told.append(words))
+
+    class Told(LoopStep):
+        def __init__(self, *given: Tensor, **words: Any) -> None:
+            super().__init__(*given, **words)
+            told.append(words)
+
+    monkeypatch.setattr(step_cases, "reverse_step_", lambda *_, **words: told.append(words))
+    monkeypatch.setattr(sampler, "LoopStep", Told)
     steps = Steps(name, 50, 25, CPU)
     steps.fused(noise=steps.noisy)(steps.inputs(SHAPE, 0))
     table = solvers.make(name, NoiseSchedule.linear(), 50, clip=1.0)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fastddpm_kernels import LoopStep
 
 from fastddpm import NoiseSchedule, Sampler, graphs, solvers
 from fastddpm.errors import GraphCaptureError, NonFiniteError
@@ -207,7 +208,17 @@ def test_a_step_with_an_interval_reads_nothing_on_the_host(monkeypatch):
     """What the cursor stands at decides: the very same function, called again and again, guides only some rows."""
     weights = []
     FakeCapture(monkeypatch)
-    monkeypatch.setattr("fastddpm.sampler.reverse_step_", lambda *a, guidance, **k: weights.append(guidance.tolist()))
+
+    class Told(LoopStep):
+        def __init__(self, *given, guidance, **options):
+            super().__init__(*given, guidance=guidance, **options)
+            self.guidance = guidance
+
+        def __call__(self, output):
+            weights.append(self.guidance.tolist())
+            super().__call__(output)
+
+    monkeypatch.setattr("fastddpm.sampler.LoopStep", Told)
     Sampler(Net(), TABLE).sample(
         (2, 5),
         seeds=0,

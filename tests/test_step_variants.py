@@ -22,7 +22,9 @@ def values(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def inputs(shape, dtype, *, guided=False, learned=False, history=0, inpaint=False, last=False) -> dict[str, Tensor]:
+def inputs(
+    shape, dtype, *, guided=False, learned=False, history=0, inpaint=False, given_noise=False, last=False
+) -> dict[str, Tensor]:
     """The state and whatever else a variant reads, each between NaN."""
     samples, channels = (2 if guided else 1) * BATCH, (2 if learned else 1) * shape[0]
     m = values(samples, channels, *shape[1:], seed=1, dtype=dtype)
@@ -30,6 +32,8 @@ def inputs(shape, dtype, *, guided=False, learned=False, history=0, inpaint=Fals
     given |= {f"h{k}": values(BATCH, *shape, seed=2 + k) for k in range(1, history + 1)}
     if inpaint:
         given["known"] = values(BATCH, *shape, seed=5)
+    if given_noise:
+        given["z"] = values(BATCH, *shape, seed=7)
     given = {name: fenced(v) for name, v in given.items()}
     if inpaint:
         given["mask"] = (values(BATCH, *shape, seed=6) > 0).to(DEVICE)
@@ -75,6 +79,7 @@ def check(table, given, *, limited=True, noise=True, learned=False, last=False, 
         reference.normal(SEEDS, x.shape[1:], step=step, stream=stream, dtype=torch.float64) for stream in (1, 3)
     )
     double = {k: v.double() if v.is_floating_point() else v for k, v in read.items()}
+    z = double.pop("z", z)
     flags = dict(limited=limited, learned=learned)
     exact = reference.reverse_step(
         x.double(),
@@ -131,6 +136,8 @@ VARIANTS = [
     dict(guided=True, inpaint=True, history=1),
     dict(learned=True, inpaint=True, history=2),
     dict(guided=True, learned=True, inpaint=True, history=3),
+    dict(given_noise=True),
+    dict(guided=True, learned=True, inpaint=True, history=3, given_noise=True),
 ]
 
 
@@ -261,7 +268,7 @@ def test_a_finished_slot_may_hold_anything(dynamic):
     cursor = torch.tensor([0, 3, 5], dtype=torch.int32, device=DEVICE)  # the last row is the identity
     weights = [torch.tensor([2.0, 3.0, math.nan], device=DEVICE), torch.tensor([0.7, 0.5, math.nan], device=DEVICE)]
     out, flags = torch.empty_like(given["x"]), torch.zeros_like(cursor)
-    read = (*weights, None, None, True, dynamic, False, False, True)
+    read = (*weights, None, None, None, True, dynamic, False, False, True)
     step_registration._launch(given["x"], given["m"], table.float(), cursor, SEEDS, flags, *read, out=out)
     assert torch.equal(out[2], given["x"][2])
     assert not flags.any()
@@ -277,18 +284,27 @@ def test_a_finished_slot_may_hold_anything(dynamic):
     assert (out - exact.x).abs().max() <= 1e-4 * exact.x.abs().max()
 
 
-def test_a_finished_slots_history_may_hold_anything():
-    table, given = random_table(6), inputs((3, 5, 7), torch.float32, history=3)
+def test_a_finished_slots_history_and_noise_may_hold_anything():
+    table, given = random_table(6), inputs((3, 5, 7), torch.float32, history=3, given_noise=True)
+    given["z"].fill_(math.nan)
     given["h1"].fill_(math.nan)
     given["h2"].fill_(math.inf)
     given["h3"].fill_(math.nan)
     done, out = torch.full_like(CURSOR, 5), torch.empty_like(given["x"])
     histories = {k: given[k].clone() for k in HISTORY}
-    launch = dict(out=out, limited=True, noise=True, block=64)
+    launch = dict(out=out, z=given["z"], limited=True, noise=True, block=64)
     launch_reverse_step(given["x"], given["m"], table.float(), done, SEEDS, CURSOR * 0, **launch, **histories)
     assert torch.equal(out, given["x"])
     on_cpu = [v.cpu() for v in (given["x"], given["m"], table.float(), done, SEEDS)]
-    assert torch.equal(reverse_step(*on_cpu, **{k: given[k].cpu() for k in HISTORY})[0], on_cpu[0])
+    assert torch.equal(reverse_step(*on_cpu, **{k: given[k].cpu() for k in (*HISTORY, "z")})[0], on_cpu[0])
+
+
+def test_noise_that_the_table_does_not_ask_for_is_not_read():
+    table, given = random_table(6, noise=False), inputs((3, 5, 7), torch.float32, history=3, given_noise=True)
+    given["z"].fill_(math.nan)
+    made = launched(table, **given, noise=False)
+    given.pop("z")
+    assert all(torch.equal(a, b) for a, b in zip(made, launched(table, **given, noise=False), strict=True))
 
 
 @pytest.mark.parametrize("where", ["all", "x", "m"])
@@ -323,7 +339,8 @@ def test_the_cuda_ops_are_the_cpu_ops(variant, dynamic, last_m, last_in):
     if dynamic:
         table[:5, col.RATIO], table[:5, col.CLIP] = 0.9, 1.4
     rescale = torch.tensor([0.3, 0.9, 0.0], device=DEVICE) if guided else None
-    read = (given.get("guidance"), rescale, given.get("known"), given.get("mask"), True, dynamic, True, learned, True)
+    known = [given.get(name) for name in ("known", "mask", "z")]
+    read = (given.get("guidance"), rescale, *known, True, dynamic, True, learned, True)
 
     def run(inplace, plain):
         histories = [given[k].clone() if k in given else None for k in HISTORY]
@@ -394,7 +411,7 @@ def test_the_launcher_of_the_op_hands_everything_on():
     """The CUDA op's own function, with the kernels interpreted: all of it at once against float64."""
     variant = dict(guided=True, learned=True, inpaint=True, history=3)
     table, given = random_table(6), inputs((3, 5, 7), torch.float32, **variant)
-    read = (given["guidance"], None, given["known"], given["mask"], True, False, True, True, True)
+    read = (given["guidance"], None, given["known"], given["mask"], None, True, False, True, True, True)
     out, x0, flags = step_registration._reverse_step_cuda(
         given["x"], given["m"], table.float(), CURSOR, SEEDS, *(given[k] for k in HISTORY), *read
     )
@@ -421,6 +438,8 @@ CPU = dict(
         ({"guidance": torch.ones(3), "model_output": torch.zeros(4, 3, 4)}, r"guidance is .* needed: .*\(2,\)"),
         ({"rescale": torch.ones(2)}, "rescale is given without guidance"),
         ({"known": torch.zeros(2, 3, 4)}, "known and mask go together"),
+        ({"z": torch.zeros(2, 3)}, r"z has shape \(2, 3\); x has \(2, 3, 4\)"),
+        ({"z": torch.zeros(2, 3, 4).double()}, "z is torch.float64; x is torch.float32"),
         ({"known": torch.zeros(2, 3, 4), "mask": torch.zeros(2, 3, 4)}, "mask is torch.float32; needed: torch.bool"),
         ({"known": torch.zeros(2, 3, 4), "mask": torch.zeros(2, 1, 4).bool()}, r"mask has shape \(2, 1, 4\)"),
         ({"x": torch.zeros(2), "model_output": torch.zeros(2), "learned": True}, "a learned variance needs channels"),

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .ops import add_noise, noise_mse, normal, q_sample
+    from .step_loop import LoopStep
     from .step_ops import advance_, reverse_step, reverse_step_
 
-__all__ = ["add_noise", "advance_", "noise_mse", "normal", "q_sample", "reverse_step", "reverse_step_"]
+__all__ = ["LoopStep", "add_noise", "advance_", "noise_mse", "normal", "q_sample", "reverse_step", "reverse_step_"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:  # both modules: one name is enough for all of torch.ops.fastddpm
-        for home in ("ops", "step_ops"):
+    if name in __all__:  # all modules: one name is enough for all of torch.ops.fastddpm
+        for home in ("ops", "step_ops", "step_loop"):
             found = vars(import_module(f".{home}", __name__))
             globals().update({op: found[op] for op in __all__ if op in found})
         return globals()[name]

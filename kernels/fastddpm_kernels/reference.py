@@ -126,7 +126,7 @@ def noise_mse(
 def noise_mse_backward(grad: Tensor, model_output: Tensor, *drawn: Any) -> Tensor:
     """Its gradient, 2 (m - target) grad[b] / n, in the output's dtype; `drawn` are the other arguments of the loss."""
     d = _off_target(model_output, *drawn)
-    return (_per_sample(grad * (2 / math.prod(d.shape[1:])), d) * d).to(model_output.dtype)
+    return (per_sample(grad * (2 / math.prod(d.shape[1:])), d) * d).to(model_output.dtype)
 
 
 def _off_target(
@@ -145,14 +145,14 @@ def _off_target(
     return m - target
 
 
-def _per_sample(values: Tensor, like: Tensor) -> Tensor:
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
     """[B] as [B, 1, ...], to be broadcast over `like`."""
     return values.reshape(-1, *[1] * (like.ndim - 1))
 
 
 def guided(conditional: Tensor, unconditional: Tensor, guidance: Tensor) -> Tensor:
     """Classifier-free guidance: m_u + w (m_c - m_u), a weight a sample (Ho & Salimans 2022, eq. 6, w = 1 + theirs)."""
-    return unconditional + _per_sample(guidance, conditional) * (conditional - unconditional)
+    return unconditional + per_sample(guidance, conditional) * (conditional - unconditional)
 
 
 def rescale_factor(conditional: Tensor, m: Tensor, rescale: Tensor) -> Tensor:
@@ -228,36 +228,51 @@ def reverse_step(
         learned: whether the model's second half of channels is the variance's v.
         direct: whether there is a term in the model's output itself.
     """
-    row = table[cursor.long()]
+    one = common_row(table, cursor)
+    row = table[cursor.long()] if one is None or dynamic else table
 
-    def c(index: int) -> Tensor:
-        return _per_sample(row[:, index], x)
+    def c(index: int) -> Any:
+        return per_sample(row[:, index], x) if one is None else one[index]
 
-    moving = c(col.ADVANCE) != 0  # at an identity row the sample stays, whatever the model says of it
-    m, v = _prediction(model_output, guidance, rescale, learned, x.dtype)
-    m, v = torch.where(moving, m, 0.0), torch.where(moving, v, 0.0)
+    moving = c(col.ADVANCE) != 0
+
+    def read(v: Tensor) -> Tensor:
+        """At an identity row the sample stays, whatever the model says of it."""
+        return v if moving is True else torch.where(torch.as_tensor(moving), v, 0.0)
+
+    m, v = (read(part) for part in _prediction(model_output, guidance, rescale, learned, x.dtype))
     x0 = c(col.X0_X) * x + c(col.X0_M) * m
-    finite = torch.isfinite(x0).flatten(1).all(dim=1)
-    if learned:
-        finite &= torch.isfinite(v).flatten(1).all(dim=1)
+    finite = finite_samples(x0, v) if learned else finite_samples(x0)
     if dynamic:
-        bound = _per_sample(dynamic_bound(x0, row[:, col.RATIO], row[:, col.CLIP]), x)
-        moved = c(col.RATIO) != 0
-        bound = torch.where(moved, bound, c(col.CLIP))
-        x0 = torch.clamp(x0, -bound, bound) / torch.where(moved, bound, 1.0)
+        ratio, clip = row[:, col.RATIO], row[:, col.CLIP]
+        bound = per_sample(torch.where(ratio != 0, dynamic_bound(x0, ratio, clip), clip), x)
+        x0 = torch.clamp(x0, -bound, bound) / torch.where(per_sample(ratio, x) != 0, bound, 1.0)
     elif limited:
         x0 = torch.clamp(x0, -c(col.CLIP), c(col.CLIP))  # torch's clamp keeps NaN
     out = c(col.X_X) * x + c(col.X_X0) * x0
     x_z = c(col.X_Z) * torch.exp2(c(col.S_0) + c(col.S_V) * v) if learned else c(col.X_Z)
-    past = [None if h is None else torch.where(moving, h, 0.0) for h in (h1, h2, h3)]
+    past = [None if h is None else read(h) for h in (h1, h2, h3, noise)]
     scales = [c(index) for index in (col.X_M, col.X_H1, col.X_H2, col.X_H3)]
-    for scale, term in zip([*scales, x_z], [m if direct else None, *past, noise], strict=True):
+    for scale, term in zip([*scales, x_z], [m if direct else None, *past], strict=True):
         if term is not None:
             out = out + scale * term
     if known is not None and mask is not None:
         there = c(col.K_X) * known + (0.0 if known_noise is None else c(col.K_Z) * known_noise)
         out = torch.where(mask & moving, there, out)
     return Step(out, x0, finite)
+
+
+def finite_samples(*parts: Tensor) -> Tensor:
+    """Whether all of a sample is finite, bool [B]; `parts` are [B, ...]."""
+    if all(math.isfinite(part.sum().item()) for part in parts):  # the usual case, in a third of the time
+        return torch.ones(len(parts[0]), dtype=torch.bool, device=parts[0].device)
+    return torch.stack([part.isfinite().flatten(1).all(dim=1) for part in parts]).all(dim=0)
+
+
+def common_row(table: Tensor, cursor: Tensor) -> list[float] | None:
+    """The row that all samples are at, if it is one: products with its numbers take less time than with [B, 1, ...]."""
+    first, *others = cursor.tolist() or [None]
+    return None if first is None or any(c != first for c in others) else table[first].tolist()
 
 
 def _prediction(
@@ -271,5 +286,5 @@ def _prediction(
     own = m
     m = guided(own, unconditional[:, : own.shape[1]], guidance)
     if rescale is not None:
-        m = m * _per_sample(rescale_factor(own, m, rescale), m)
+        m = m * per_sample(rescale_factor(own, m, rescale), m)
     return m, v

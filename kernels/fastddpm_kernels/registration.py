@@ -94,10 +94,10 @@ def on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
     The vectors that are read are t, seeds and cursor, often made by ``expand``; those that are written `ops` checks.
     """
 
-    def guarded(*args: Any) -> Any:
+    def guarded(*args: Any, **written: Any) -> Any:
         args = tuple(a.contiguous() if isinstance(a, Tensor) and a.ndim == 1 else a for a in args)
         with torch.cuda.device_of(args[0]):
-            return launch(*args)
+            return launch(*args, **written)
 
     return guarded
 

@@ -1,7 +1,8 @@
 """One reverse step of any solver: x0, limit, update, noise, history and the next model input, in one pass.
 
 `columns` has the formulas, `reference.reverse_step` the same in PyTorch. A sample's row comes from the table, at the
-sample's own cursor. A second, tiny kernel moves the cursors on, since the programs of a sample must not race with that.
+sample's own cursor. The kernel can't move that cursor, which the sample's other programs may not have read yet: in a
+loop it writes the next one to a second buffer, and the next step reads that; else a second, tiny kernel moves it on.
 """
 
 import torch
@@ -24,6 +25,22 @@ NOISE_STREAM, KNOWN_STREAM = tl.constexpr(const.STREAM_STEP), tl.constexpr(const
 
 
 @triton.jit
+def write_next(cursor_ptr, table_ptr, next_ptr, t_ptr, sample, GUIDED: tl.constexpr):
+    """The sample's next cursor and time input, by its first program.
+
+    The cursor is loaded again: to keep it costs registers. A mask and no branch: that costs 2 instructions an element.
+    """
+    first = tl.program_id(1) == 0
+    cursor = tl.load(cursor_ptr + sample, first, other=0)
+    cursor += tl.load(table_ptr + cursor.to(tl.int64) * WIDTH + ADVANCE, first, other=0.0).to(tl.int32)
+    t = tl.load(table_ptr + cursor.to(tl.int64) * WIDTH + T, first, other=0.0).to(t_ptr.dtype.element_ty)
+    tl.store(next_ptr + sample, cursor, first)
+    tl.store(t_ptr + sample, t, first)
+    if GUIDED:
+        tl.store(t_ptr + tl.num_programs(0) + sample, t, first)
+
+
+@triton.jit
 def reverse_step_kernel(
     x_ptr,  # float32 [B, n]
     m_ptr,  # float, see prediction.model_output
@@ -35,6 +52,7 @@ def reverse_step_kernel(
     h3_ptr,  # float32 [B, n], read and written
     known_ptr,  # float32 [B, n]
     mask_ptr,  # uint8 [B, n]: not 0 where the sample is known
+    z_ptr,  # float32 [B, n]: the noise, where GIVEN
     guidance_ptr,  # float32 [B]
     rescale_ptr,  # float32 [B]
     bound_ptr,  # float32 [B, 2]: bound of abs(x0), and what x0 is then multiplied with
@@ -42,11 +60,14 @@ def reverse_step_kernel(
     table_ptr,  # float32 [rows, WIDTH]
     cursor_ptr,  # int32 [B]
     seeds_ptr,  # int64 [B]
+    next_ptr,  # int32 [B]: where the cursors go; not cursor_ptr
+    t_ptr,  # the model's next time input, [B], or [2 B] where GUIDED
     n,  # elements a sample
     q,  # lanes a sample: constants.chunk(n)
     LIMITED: tl.constexpr,  # x0 is clipped: to the row's `clip`, or, where DYNAMIC, to the sample's bound
     DYNAMIC: tl.constexpr,
     NOISE: tl.constexpr,
+    GIVEN: tl.constexpr,  # the noise is read instead of made
     LEARNED: tl.constexpr,
     DIRECT: tl.constexpr,  # x' has a term in m itself
     HISTORY: tl.constexpr,  # how many of h1, h2, h3 there are
@@ -56,6 +77,7 @@ def reverse_step_kernel(
     WRITE_INPUT: tl.constexpr,
     SCALED: tl.constexpr,  # the model's input is scaled by c_in
     WRITE_X0: tl.constexpr,
+    WRITE_NEXT: tl.constexpr,
     PLANE: tl.constexpr,
     CHANNELS: tl.constexpr,
     FULL: tl.constexpr,
@@ -87,6 +109,8 @@ def reverse_step_kernel(
         h2 = tl.load(h2_ptr + base + e, inside & moving, other=0.0)
     if HISTORY >= 3:
         h3 = tl.load(h3_ptr + base + e, inside & moving, other=0.0)
+    if NOISE and GIVEN:
+        z = tl.load(z_ptr + base + e, inside & moving, other=0.0)
     if INPAINT:
         known = tl.load(known_ptr + base + e, inside, other=0.0)
         is_known = (tl.load(mask_ptr + base + e, inside, other=0) != 0) & moving
@@ -113,7 +137,9 @@ def reverse_step_kernel(
         out = tl.fma(x_h3, h3, out)
     if NOISE:
         scale = x_z * tl.exp2(tl.fma(s_v, v, s_0)) if LEARNED else x_z
-        out = tl.fma(scale, normal4(seed, step, NOISE_STREAM, lane, q), out)
+        if not GIVEN:
+            z = normal4(seed, step, NOISE_STREAM, lane, q)
+        out = tl.fma(scale, z, out)
     if INPAINT:
         out = tl.where(is_known, tl.fma(k_z, normal4(seed, step, KNOWN_STREAM, lane, q), k_x * known), out)
 
@@ -133,6 +159,8 @@ def reverse_step_kernel(
         tl.store(input_ptr + base + at, following, there)
         if GUIDED:
             tl.store(input_ptr + base + tl.num_programs(0).to(tl.int64) * n + at, following, there)
+    if WRITE_NEXT:
+        write_next(cursor_ptr, table_ptr, next_ptr, t_ptr, sample, GUIDED)
     check = tl.sum(check.reshape(BLOCK // VECTOR, VECTOR), axis=1)  # of lanes that are in one thread
     tl.store(nonfinite_ptr + sample + tl.arange(0, BLOCK // VECTOR) * 0, step + 1, clean & (check != 0.0))
 
@@ -156,6 +184,9 @@ def launch_reverse_step(
     bound: torch.Tensor | None = None,
     known: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
+    z: torch.Tensor | None = None,
+    next_cursor: torch.Tensor | None = None,
+    t: torch.Tensor | None = None,
     limited: bool,
     noise: bool,
     learned: bool = False,
@@ -165,13 +196,15 @@ def launch_reverse_step(
 ) -> None:
     """One launch of the step kernel; the tensors are those of the kernel's signature. `out` may be `x`.
 
+    `next_cursor` and `t` go together.
+
     `model_output` and `model_input` are both contiguous, or both channels_last.
     """
     if x.numel() == 0:
         return
     n = x[0].numel()
     history = sum(h is not None for h in (h1, h2, h3))
-    tensors = 2 + history + learned + (guidance is not None) + (known is not None)
+    tensors = 2 + history + learned + (guidance is not None) + (known is not None) + (z is not None)
     plane, channels = memory_order(model_output)
     q, by = const.chunk(n), division(n, block, plane=plane, tensors=tensors)
     unused = x  # stands for each pointer that this variant doesn't have
@@ -186,6 +219,7 @@ def launch_reverse_step(
         unused if h3 is None else h3,
         unused if known is None else known,
         unused if mask is None else mask.view(torch.uint8),
+        unused if z is None else z,
         unused if guidance is None else guidance,
         unused if rescale is None else rescale,
         unused if bound is None else bound,
@@ -193,11 +227,14 @@ def launch_reverse_step(
         table,
         cursor,
         seeds,
+        cursor if next_cursor is None else next_cursor,
+        cursor if t is None else t,
         n,
         q,
         LIMITED=limited,
         DYNAMIC=bound is not None,
         NOISE=noise,
+        GIVEN=noise and z is not None,
         LEARNED=learned,
         DIRECT=direct,
         HISTORY=history,
@@ -207,6 +244,7 @@ def launch_reverse_step(
         WRITE_INPUT=model_input is not None,
         SCALED=scaled,
         WRITE_X0=x0 is not None,
+        WRITE_NEXT=next_cursor is not None,
         PLANE=plane,
         CHANNELS=channels,
         FULL=by.full,

@@ -24,6 +24,7 @@ def reverse_step(
     rescale: Tensor | None = None,
     known: Tensor | None = None,
     mask: Tensor | None = None,
+    z: Tensor | None = None,
     limited: bool = True,
     dynamic: bool = False,
     noise: bool = True,
@@ -49,6 +50,7 @@ def reverse_step(
             conditional one (Lin et al. 2023, eq. 15-16). 0: not at all.
         known, mask: a known sample, float32, and where it is known, bool, both shaped as x: there x' is
             k_x known + k_z z, with z of stream 3 (inpainting; Lugmayr et al. 2022, eq. 8a). Not checked for NaN.
+        z: the noise in place of the seeds', standard normal, float32, shaped as x. Not checked for NaN.
         limited: whether any row has a finite `clip`. False leaves the clamp out.
         dynamic: whether any row has a `ratio`: dynamic thresholding (Imagen, arXiv 2205.11487).
         noise: whether any row has `x_z`. False leaves the noise out.
@@ -67,8 +69,9 @@ def reverse_step(
         RuntimeError: where a derivative is asked for.
     """
     history = (h1, h2, h3)
-    _check_reverse_step(x, model_output, table, cursor, seeds, history, guidance, rescale, known, mask, learned)
-    read = (guidance, rescale, known, mask, limited, dynamic, noise, learned, direct)
+    _check_reverse_step(x, table, cursor, seeds, history, guidance, rescale, known, mask, z, learned)
+    check_output(model_output, x, guidance is not None, learned)
+    read = (guidance, rescale, known, mask, z, limited, dynamic, noise, learned, direct)
     return torch.ops.fastddpm.reverse_step(x, model_output, table, cursor, seeds, *history, *read)
 
 
@@ -89,6 +92,7 @@ def reverse_step_(
     rescale: Tensor | None = None,
     known: Tensor | None = None,
     mask: Tensor | None = None,
+    z: Tensor | None = None,
     limited: bool = True,
     dynamic: bool = False,
     noise: bool = True,
@@ -103,10 +107,33 @@ def reverse_step_(
     `nonfinite`, int32 [B], keeps the first bad step + 1 of each sample. The cursor stays: see `advance_`. All but
     `model_output` and `model_input` must be contiguous.
     """
+    read = (guidance, rescale, known, mask, z, limited, dynamic, noise, learned, direct, scaled)
+    check_inplace(x, table, cursor, seeds, (h1, h2, h3), model_input, x0, nonfinite, *read)
+    check_output(model_output, x, guidance is not None, learned)
     history = (h1, h2, h3)
-    _check_reverse_step(x, model_output, table, cursor, seeds, history, guidance, rescale, known, mask, learned)
+    torch.ops.fastddpm.reverse_step_(x, model_output, table, cursor, seeds, *history, model_input, x0, nonfinite, *read)
+
+
+def check_inplace(
+    x: Tensor,
+    table: Tensor,
+    cursor: Tensor,
+    seeds: Tensor,
+    history: tuple[Tensor | None, Tensor | None, Tensor | None],
+    model_input: Tensor | None,
+    x0: Tensor | None,
+    nonfinite: Tensor,
+    guidance: Tensor | None,
+    rescale: Tensor | None,
+    known: Tensor | None,
+    mask: Tensor | None,
+    z: Tensor | None,
+    *flags: bool,
+) -> None:
+    _check_reverse_step(x, table, cursor, seeds, history, guidance, rescale, known, mask, z, learned=flags[3])
     check_index("nonfinite", nonfinite, x, (torch.int32,))
-    for name, buffer in (("x", x), ("h1", h1), ("h2", h2), ("h3", h3), ("x0", x0), ("nonfinite", nonfinite)):
+    histories = zip(("h1", "h2", "h3"), history, strict=True)
+    for name, buffer in (("x", x), *histories, ("x0", x0), ("nonfinite", nonfinite)):
         check(buffer is None or buffer.is_contiguous(), "{} is not contiguous; it is written in place", name)
     if x0 is not None:
         _check_like("x0", x0, x)
@@ -116,8 +143,6 @@ def reverse_step_(
         last = model_input.ndim == 4 and model_input.is_contiguous(memory_format=torch.channels_last)
         check(model_input.is_floating_point(), "model_input is {}; needed: a float dtype", model_input.dtype)
         check(model_input.is_contiguous() or last, "model_input is written in place; make it contiguous")
-    read = (guidance, rescale, known, mask, limited, dynamic, noise, learned, direct, scaled)
-    torch.ops.fastddpm.reverse_step_(x, model_output, table, cursor, seeds, *history, model_input, x0, nonfinite, *read)
 
 
 def _check_like(name: str, like: Tensor, x: Tensor, samples: int = 1, channels: int = 1) -> None:
@@ -133,9 +158,19 @@ def _check_like(name: str, like: Tensor, x: Tensor, samples: int = 1, channels: 
     check(like.device == x.device, "{} is on {}; x is on {}", name, like.device, x.device)
 
 
+def _exact(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == torch.float64
+
+
+def check_output(model_output: Tensor, x: Tensor, guided: bool, learned: bool) -> None:
+    check_tensors(model_output=model_output)
+    _check_like("model_output", model_output, x, 2 if guided else 1, 2 if learned else 1)
+    allowed = (*FLOATS, torch.float64) if _exact(x) else FLOATS
+    check(model_output.dtype in allowed, "model_output is {}; needed: {}", model_output.dtype, allowed)
+
+
 def _check_reverse_step(
     x: Tensor,
-    model_output: Tensor,
     table: Tensor,
     cursor: Tensor,
     seeds: Tensor,
@@ -144,16 +179,13 @@ def _check_reverse_step(
     rescale: Tensor | None,
     known: Tensor | None,
     mask: Tensor | None,
+    z: Tensor | None,
     learned: bool,
 ) -> None:
-    check_tensors(x=x, model_output=model_output, table=table)
-    exact = x.device.type == "cpu" and x.dtype == torch.float64
-    check(x.dtype == torch.float32 or exact, "x is {}; the state is float32 (float64 on the CPU)", x.dtype)
+    check_tensors(x=x, table=table)
+    check(x.dtype == torch.float32 or _exact(x), "x is {}; the state is float32 (float64 on the CPU)", x.dtype)
     check(not learned or x.ndim > 1, "x has shape {}; a learned variance needs channels", tuple(x.shape))
-    _check_like("model_output", model_output, x, 2 if guidance is not None else 1, 2 if learned else 1)
-    allowed = (*FLOATS, torch.float64) if exact else FLOATS
-    check(model_output.dtype in allowed, "model_output is {}; needed: {}", model_output.dtype, allowed)
-    for name, like in (*zip(("h1", "h2", "h3"), history, strict=True), ("known", known)):
+    for name, like in (*zip(("h1", "h2", "h3"), history, strict=True), ("known", known), ("z", z)):
         if like is not None:
             _check_like(name, like, x)
             check(like.dtype == x.dtype, "{} is {}; x is {}", name, like.dtype, x.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from . import reference
 from .registration import LIB, contiguous_like, on_its_device
 
 _READ = (
-    "Tensor? guidance, Tensor? rescale, Tensor? known, Tensor? mask, "
+    "Tensor? guidance, Tensor? rescale, Tensor? known, Tensor? mask, Tensor? z, "
     "bool limited, bool dynamic, bool noise, bool learned, bool direct"
 )
 LIB.define(
@@ -44,15 +45,15 @@ def _reverse_step_cpu(
     rescale: Tensor | None,
     known: Tensor | None,
     mask: Tensor | None,
+    z: Tensor | None,
     limited: bool,
     dynamic: bool,
     noise: bool,
     learned: bool,
     direct: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    step = table[cursor.long(), col.STEP].long()
-
     def drawn(stream: int) -> Tensor:
+        step = table[cursor.long(), col.STEP].long()
         return reference.normal(seeds, x.shape[1:], step=step, stream=stream, dtype=x.dtype)
 
     made = reference.reverse_step(
@@ -60,7 +61,7 @@ def _reverse_step_cpu(
         model_output,
         table,
         cursor,
-        drawn(const.STREAM_STEP) if noise else None,
+        (drawn(const.STREAM_STEP) if z is None else z) if noise else None,
         h1,
         h2,
         h3,
@@ -74,7 +75,14 @@ def _reverse_step_cpu(
         learned=learned,
         direct=direct,
     )
-    return made.x, made.x0, torch.where(made.finite, 0, step.int() + 1)
+    return made.x, made.x0, _flags(made.finite, table, cursor)
+
+
+def _flags(finite: Tensor, table: Tensor, cursor: Tensor) -> Tensor:
+    """int32 [B]: 0 for a finite sample, else its step + 1."""
+    if finite.all():
+        return torch.zeros_like(cursor)
+    return torch.where(finite, 0, table[cursor.long(), col.STEP].int() + 1)
 
 
 def _reverse_step_inplace_cpu(
@@ -90,6 +98,8 @@ def _reverse_step_inplace_cpu(
     x0: Tensor | None,
     nonfinite: Tensor,
     *read: Any,
+    next_cursor: Tensor | None = None,
+    t: Tensor | None = None,
 ) -> None:
     *others, scaled = read
     made = _reverse_step_cpu(x, model_output, table, cursor, seeds, h1, h2, h3, *others)
@@ -100,15 +110,24 @@ def _reverse_step_inplace_cpu(
     for target in (h1, x0):
         if target is not None:
             target.copy_(made[1])
-    nonfinite.copy_(torch.where(nonfinite == 0, made[2], nonfinite))
+    if made[2].any():
+        nonfinite.copy_(torch.where(nonfinite == 0, made[2], nonfinite))
+    if next_cursor is None and not scaled:
+        following = cursor
+    else:
+        following = cursor.long()
+        following = following + table[following, col.ADVANCE].long()
     if model_input is not None:
-        following = x
-        if scaled:
-            at = cursor.long()
-            c_in = table[at + table[at, col.ADVANCE].long(), col.C_IN]
-            following = c_in.reshape(-1, *[1] * (x.ndim - 1)) * x
-        for half in model_input.split(x.shape[0]):  # two where there is guidance
-            half.copy_(following)
+        _copy_to_halves(model_input, reference.per_sample(table[following, col.C_IN], x) * x if scaled else x)
+    if next_cursor is not None and t is not None:
+        next_cursor.copy_(following)
+        _copy_to_halves(t, table[following, col.T])
+
+
+def _copy_to_halves(both: Tensor, one: Tensor) -> None:
+    """With guidance the model is called with two samples for each."""
+    for half in [both] if both.shape == one.shape else both.split(len(one)):
+        half.copy_(one)
 
 
 def _advance_cpu(cursor: Tensor, t: Tensor, table: Tensor) -> None:
@@ -136,6 +155,7 @@ def _launch(
     rescale: Tensor | None,
     known: Tensor | None,
     mask: Tensor | None,
+    z: Tensor | None,
     limited: bool,
     dynamic: bool,
     noise: bool,
@@ -171,6 +191,7 @@ def _launch(
         bound=bound,
         known=None if known is None else known.contiguous(),
         mask=None if mask is None else mask.contiguous(),
+        z=None if z is None else z.contiguous(),
         limited=limited,
         noise=noise,
         learned=learned,
@@ -213,6 +234,8 @@ def _reverse_step_inplace_cuda(
     x0: Tensor | None,
     nonfinite: Tensor,
     *read: Any,
+    next_cursor: Tensor | None = None,
+    t: Tensor | None = None,
 ) -> None:
     from .lanes import memory_order
 
@@ -221,7 +244,8 @@ def _reverse_step_inplace_cuda(
         last = memory_order(model_input)[0] > 0
         m = m.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
     given = (x, m, table, cursor, seeds, nonfinite)
-    _launch(*given, *read, out=x, model_input=model_input, x0=x0, h1=h1, h2=h2, h3=h3)
+    buffers = dict(model_input=model_input, x0=x0, h1=h1, h2=h2, h3=h3, next_cursor=next_cursor, t=t)
+    _launch(*given, *read, out=x, **buffers)  # type: ignore[arg-type]  # `read` has no types of its own
 
 
 def _advance_cuda(cursor: Tensor, t: Tensor, table: Tensor) -> None:
@@ -237,6 +261,12 @@ for _name, _cpu, _cuda in (
 ):
     LIB.impl(_name, _cpu, "CPU")
     LIB.impl(_name, on_its_device(_cuda), "CUDA")
+
+
+def inplace_step(x: Tensor) -> Callable[..., None]:
+    """What `torch.ops.fastddpm.reverse_step_` comes to on x's device, without the dispatcher."""
+    return _reverse_step_inplace_cpu if x.device.type == "cpu" else on_its_device(_reverse_step_inplace_cuda)
+
 
 torch.library.register_fake(
     "fastddpm::reverse_step",
