@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -113,6 +113,12 @@ class Buffers:
         for mine, theirs in zip(tree_leaves(self.model_kwargs), tree_leaves(given.model_kwargs), strict=True):
             if isinstance(mine, Tensor):
                 mine.copy_(theirs)
+
+    def set_noise(self, noise: Callable[[int], Tensor | None], row: int) -> None:
+        """Put the noise that is given for this row into its buffer."""
+        z = noise(row)
+        if self.z is not None:
+            self.z.zero_() if z is None else self.z.copy_(z)
 
     def weigh(self, cursor: Tensor) -> None:
         """Set each sample's weight of guidance to that at its row."""

@@ -25,6 +25,7 @@ from .solvers import StepTable
 GraphMode = Literal["auto"] | bool
 Noise = Callable[[int], Tensor | None]
 Callback = Callable[[int, Tensor], object]
+Step = Callable[[Callable[[], None] | None], None]  # is given what fills the buffer of noise, or None
 
 
 class TraceStep(NamedTuple):
@@ -91,7 +92,7 @@ class Sampler:
         except (RuntimeError, TypeError) as error:
             raise InputError(f"device is {device!r}; allowed: None, 'cpu', 'cuda' or 'cuda:0'") from error
         self._lock = threading.Lock()
-        self._captured: graphs.RecentlyUsed[tuple[Buffers, Callable[[], None]]] = graphs.RecentlyUsed()
+        self._captured: graphs.RecentlyUsed[tuple[Buffers, Step]] = graphs.RecentlyUsed()
         self._captured_for: object = None
         self._graph_refused = False
 
@@ -133,8 +134,9 @@ class Sampler:
             known, mask: for inpainting: x_0 where the mask (bool) is True; both [B, ...] or broadcast to it. There the
                 state is the known sample, noised as the level asks for (Lugmayr et al. 2022, eq. 8a), with noise of
                 stream 3. Mind that a solver with history looks back at what it predicted there.
-            noise: the steps' noise, in place of the seeds': noise(row) is called before each row, whether it adds noise
-                or not, for z, standard normal [B, ...], or None for none. (Not x_T, nor what `known` is noised with.)
+            noise: the steps' noise, in place of the seeds': noise(row) is called once a row, whether it adds noise or
+                not, for z, standard normal [B, ...], or None for none: after the model, or before a graph's replay.
+                (Not for x_T, nor for what `known` is noised with.)
             callback: callback(row, x) is called after each row, with the state of the batch that is computed: a buffer,
                 to be copied if it is to be kept.
             progress: show a progress bar on stderr.
@@ -182,10 +184,7 @@ class Sampler:
         buffers.start(part, self.table.init_noise_sigma)
         z_of = NoiseAhead(buffers.seeds, buffers.x, self.table.num_rows) if ahead else noise
         for row in range(self.table.num_rows):
-            if z_of is not None and buffers.z is not None:
-                z = z_of(row)
-                buffers.z.zero_() if z is None else buffers.z.copy_(z)
-            step()
+            step(None if z_of is None else partial(buffers.set_noise, z_of, row))
             if callback is not None:
                 callback(row, buffers.x)
             bar.update()
@@ -226,11 +225,13 @@ class Sampler:
 
     # --- one step, and what it needs ----------------------------------------------------------------------------------
 
-    def _step(self, b: Buffers, step: LoopStep) -> None:
+    def _step(self, b: Buffers, apply: LoopStep, set_noise: Callable[[], None] | None = None) -> None:
         """Evaluate the model and apply each sample's row: all that happens in the loop, and all that a graph holds."""
-        b.weigh(step.cursor)
+        b.weigh(apply.cursor)
         output = self.model(b.model_input, b.t, **b.model_kwargs)
-        step(_tensor_of(output, b.model_input.shape, self.table.learned))
+        if set_noise is not None:  # after the model, which may draw from the same generator
+            set_noise()
+        apply(_tensor_of(output, b.model_input.shape, self.table.learned))
 
     def _loop_step(self, b: Buffers) -> LoopStep:
         return LoopStep(
@@ -258,7 +259,7 @@ class Sampler:
             scaled=self.table.scaled,
         )
 
-    def _prepared(self, part: Inputs) -> tuple[Buffers, Callable[[], None]]:
+    def _prepared(self, part: Inputs) -> tuple[Buffers, Step]:
         """Buffers, and the function that does a step on them: eagerly, or by replaying a graph."""
         device = self._device(part.x_T)
         if self._wants_graph(device):
@@ -283,16 +284,23 @@ class Sampler:
     def _wants_graph(self, device: torch.device) -> bool:
         return device.type == "cuda" and self.graph is not False and not self._graph_refused
 
-    def _capture(self, part: Inputs, device: torch.device) -> tuple[Buffers, Callable[[], None]]:
+    def _capture(self, part: Inputs, device: torch.device) -> tuple[Buffers, Step]:
         buffers = self._allocate(part)
         buffers.start(part, self.table.init_noise_sigma)  # for the warm-up
-        step = self._loop_step(buffers)
+        apply = self._loop_step(buffers)
 
         def captured() -> None:
-            self._step(buffers, step)
-            step.turn_back()  # every replay reads the same one of the two buffers of cursors
+            self._step(buffers, apply)
+            apply.turn_back()  # every replay reads the same one of the two buffers of cursors
 
-        return buffers, graphs.capture(captured, device)
+        replay = graphs.capture(captured, device)
+
+        def step(set_noise: Callable[[], None] | None) -> None:
+            if set_noise is not None:
+                set_noise()
+            replay()
+
+        return buffers, step
 
     def _allocate(self, part: Inputs) -> Buffers:
         return Buffers.of(

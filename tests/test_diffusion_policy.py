@@ -137,16 +137,25 @@ def test_the_loop_is_theirs(kind, config, steps, step, known):
     assert torch.equal(got[mask], data[mask])
 
 
-@pytest.mark.parametrize("known", [False, True], ids=["free", "known"])
-@pytest.mark.parametrize("kind, config, steps, step", SETTINGS[:1] + SETTINGS[-3:-2], ids=lambda v: str(v))
-def test_the_samplers_loop_is_the_cpus(kind, config, steps, step, known, monkeypatch):
-    """On a GPU, and for tables that look back, the steps are the `Sampler`'s."""
-    sampler = PolicySampler(unet(), scheduler(kind, **config), steps, **step)
-    data, mask = condition(known)
-    plain = sampler.sample(SHAPE, condition_data=data, condition_mask=mask, generator=generator())
-    monkeypatch.setattr(sampler, "_on_cpu", sampler._stepwise)
-    stepwise = sampler.sample(SHAPE, condition_data=data, condition_mask=mask, generator=generator())
-    torch.testing.assert_close(plain, stepwise, **CLOSE)
+def test_noise_is_drawn_after_the_model():
+    """A model that draws too, as with dropout in training mode, is given the numbers that it gets in their loop."""
+
+    def model(x, t):
+        return 0.1 * x + 0.1 * torch.randn_like(x)
+
+    def theirs(kind):
+        torch.manual_seed(0)
+        made, x = scheduler(kind), torch.randn(SHAPE)
+        made.set_timesteps(10)
+        for t in made.timesteps:
+            x = made.step(model(x, t), t, x).prev_sample
+        return x
+
+    for kind in ("DDPMScheduler", "DDIMScheduler"):
+        expected = theirs(kind)
+        torch.manual_seed(0)
+        got = conditional_sample(model, SHAPE, scheduler(kind), num_inference_steps=10)
+        torch.testing.assert_close(got, expected, **CLOSE)
 
 
 def test_the_known_part_is_clean_at_every_evaluation():

@@ -245,14 +245,20 @@ def test_seeds_make_the_noise_and_nothing_is_drawn(unet):
     assert np.abs(pipe(1, **call).images - pipe(1, **call).images).max() > 0.01
 
 
-def test_a_learned_variance_takes_seeds():
+def test_a_learned_variance():
+    """Theirs takes the root of the variance's logarithm, a NaN; so it is compared with the paper's."""
     unet = unet_of(out_channels=6)
     pipe = fastddpm.accelerate(pipeline(DDPMPipeline, unet, DDPMScheduler(variance_type="learned_range")))
-    with pytest.raises(ConfigError, match=r"has a learned variance.*give seeds"):
-        pipe(1, num_inference_steps=5)
     table = fastddpm.solvers.ddpm(NoiseSchedule.linear(), 5, clip=1.0, variance="learned_range")
     x = fastddpm.Sampler(unet, table).sample((2, 3, 16, 16), seeds=4)
     images = pipe(2, seeds=4, num_inference_steps=5, output_type="pt").images
+    torch.testing.assert_close(images, (x / 2 + 0.5).clamp(0, 1), atol=CLOSE, rtol=0)
+    torch.manual_seed(0)
+    drawn = [torch.randn(2, 3, 16, 16) for _ in range(5)]  # x_T, and for all steps but the last
+    x = fastddpm.Sampler(unet, table).sample(
+        drawn[0].shape, seeds=0, x_T=drawn[0], noise=[*drawn[1:], None].__getitem__
+    )
+    images = pipe(2, generator=torch.manual_seed(0), num_inference_steps=5, output_type="pt").images
     torch.testing.assert_close(images, (x / 2 + 0.5).clamp(0, 1), atol=CLOSE, rtol=0)
 
 
@@ -422,5 +428,3 @@ def test_the_tables_are_the_solvers_own():
     np.testing.assert_allclose(learned[:-1], expected[:-1], rtol=1e-9, atol=1e-11)
     with pytest.raises(ConfigError, match="variance is 'learned'"):
         loops.posterior_table(strides, variance="learned")
-    with pytest.raises(ConfigError, match="looks back at earlier predictions"):
-        loops.with_given_noise(fastddpm.solvers.plms(schedule, 9))

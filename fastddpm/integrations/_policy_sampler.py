@@ -9,15 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from fastddpm_kernels import reference
-from fastddpm_kernels.columns import CLIP, K_X, K_Z, X0_M, X0_X, X_M, X_X, X_X0, X_Z
+from fastddpm_kernels.columns import K_X, K_Z
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..buffers import initial_noise
 from ..errors import ConfigError, InputError
-from ..inputs import Inputs
 from ..pretrained import SchedulerConfig
-from ..sampler import Sampler, _tensor_of
+from ..sampler import Sampler
 from ..seeds import sample_seeds
 from ..solvers import StepTable
 
@@ -57,7 +56,6 @@ class PolicySampler:
             )
         rows = self.table.rows.copy()
         rows[:, [K_X, K_Z]] = 1.0, 0.0  # what is known is known without noise
-        rows[:, X_Z] = 0.0  # the loops here add it
         self._sampler = Sampler(model, replace(self.table, rows=rows))
 
     def sample(
@@ -98,71 +96,30 @@ class PolicySampler:
         if condition_mask is not None and not condition_mask.any():
             condition_data = condition_mask = None  # as the policies say that nothing is known
         named = {"local_cond": local_cond, "global_cond": global_cond, "cond": cond}
-        kwargs = {name: value for name, value in named.items() if value is not None}
-        sampler, table = self._sampler, self.table
-        dtype, device = sampler._model_dtype(), sampler._device(noise)
-        with torch.inference_mode(False), torch.no_grad():
-            draw = partial(_randn, shape, generator, dtype, device)
-            x_T = noise
-            if x_T is None:
-                x_T = table.init_noise_sigma * (draw() if seeds is None else _noise(seeds, shape, [0], stream=0)[0])
-            given = sampler._checked(shape, 0, x_T=x_T, model_kwargs=kwargs, known=condition_data, mask=condition_mask)
-            if given.known is not None and given.mask is not None:
-                at_start = torch.where(given.mask.to(device), given.known.to(device, dtype), x_T.to(device, dtype))
-                given = replace(given, x_T=at_start)
-            steps: Sequence[Tensor | None] = [None] * table.num_rows
-            if seeds is None:
-                steps = [draw() if drawn else None for drawn in self._draws]
-            elif table.stochastic:
-                steps = _noise(seeds, shape, range(table.num_rows), stream=1).to(device).unbind()
-            plain = device.type == "cpu" and not (table.history or table.dynamic)
-            return (self._on_cpu if plain else self._stepwise)(given, steps).to(dtype)
-
-    def _stepwise(self, given: Inputs, noise: Sequence[Tensor | None]) -> Tensor:
-        """The loop of `Sampler.sample`, its graph too, with noise z for each step."""
         sampler = self._sampler
-        part = given.part(torch.arange(given.shape[0]))
-        with sampler._lock:
-            buffers, step = sampler._prepared(part)
-            buffers.start(part, 1.0)
-            for z, scale in zip(noise, self.table["x_z"].tolist(), strict=True):
-                step()
-                if z is not None:
-                    z = z if buffers.mask is None else z.masked_fill(buffers.mask, 0.0)
-                    buffers.model_input.copy_(buffers.x.add_(z, alpha=scale))
-            return sampler._finite(buffers.x.clone(), buffers.nonfinite.clone())
-
-    def _on_cpu(self, given: Inputs, noise: Sequence[Tensor | None]) -> Tensor:
-        """The same in a few of torch's ops a step: for one short trajectory the step op's checks are the greater part.
-
-        All trajectories are at the same row, and no row looks back.
-        """
-        sampler, table, model = self._sampler, self.table, self._sampler.model
-        shape, dtype, kwargs = torch.Size(given.shape), sampler._model_dtype(), given.model_kwargs
-        x: Tensor = given.x_T.float()  # type: ignore[union-attr]  # `sample` has given one
-        known = None if given.known is None else given.known.float()
-        t = torch.tensor(table.timesteps, dtype=torch.float32)
-        times = (t.long() if bool((t == t.round()).all()) else t)[:, None].expand(-1, shape[0]).contiguous()
-        every_x0 = torch.empty((table.num_rows, *shape))
-        for row, t, x0, z in zip(table.rows.tolist(), times.unbind(), every_x0.unbind(), noise, strict=True):
-            m = _tensor_of(model(x.to(dtype), t, **kwargs), shape, False).float()
-            torch.mul(x, row[X0_X], out=x0).add_(m, alpha=row[X0_M])
-            x = (x * row[X_X]).add_(x0.clamp(-row[CLIP], row[CLIP]), alpha=row[X_X0])
-            if row[X_M]:
-                x.add_(m, alpha=row[X_M])
-            if z is not None:
-                x.add_(z, alpha=row[X_Z])
-            if known is not None and given.mask is not None:
-                x = torch.where(given.mask, known, x)
-        bad = ~every_x0.isfinite().flatten(2).all(dim=2)
-        return sampler._finite(x, torch.where(bad.any(dim=0), bad.int().argmax(dim=0) + 1, 0))
-
-
-def _noise(seeds: int | Sequence[int], shape: Sequence[int], steps: Sequence[int], *, stream: int) -> Tensor:
-    """The noise contract's normals of each trajectory, of all steps at once: float32 [steps, B, ...]."""
-    each = sample_seeds(seeds, shape[0])
-    step = torch.tensor(steps).repeat_interleave(len(each))
-    return reference.normal(each.repeat(len(steps)), shape[1:], step=step, stream=stream).view(len(steps), *shape)
+        dtype, device = sampler._model_dtype(), sampler._device(noise)
+        draw = partial(_randn, shape, generator, dtype, device)
+        x_T = noise
+        if x_T is None and seeds is None:
+            x_T = self.table.init_noise_sigma * draw()
+        elif x_T is None:
+            drawn = initial_noise(sample_seeds(seeds or 0, shape[0]).to(device), shape[1:], torch.float32)
+            x_T = self.table.init_noise_sigma * drawn
+        if condition_data is not None and condition_mask is not None:
+            for name, given in (("condition_data", condition_data), ("condition_mask", condition_mask)):
+                if tuple(given.shape) != tuple(shape):
+                    raise InputError(f"{name} has shape {tuple(given.shape)}, shape is {tuple(shape)}; they must fit")
+            x_T = torch.where(condition_mask.to(device), condition_data.to(device, x_T.dtype), x_T.to(device))
+        samples = sampler.sample(
+            shape,
+            seeds=0 if seeds is None else seeds,
+            x_T=x_T,
+            known=condition_data,
+            mask=condition_mask,
+            model_kwargs={name: value for name, value in named.items() if value is not None},
+            noise=None if seeds is not None else lambda row: draw() if self._draws[row] else None,
+        )
+        return samples.to(dtype)
 
 
 def _randn(shape: Sequence[int], generator: torch.Generator | None, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -6,15 +6,11 @@ tables here are for any pairs (t, s), computed from log alpha_bar in float64; `f
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from fastddpm_kernels.columns import X_H1, X_Z
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor
 
 from ..buffers import Buffers
 from ..errors import ConfigError
@@ -27,8 +23,6 @@ from ..solvers.strides import Strides
 from ..solvers.table import check_ratio
 
 Floats = NDArray[np.float64]
-Noise = Callable[[int], Tensor | None]
-Watch = Callable[[int, Tensor], None]
 
 LEAST_VARIANCE = 1e-20  # where a peer takes the logarithm of a posterior variance of 0
 SELF_CONDITION = "x_self_cond"
@@ -101,79 +95,17 @@ def posterior_table(
     )
 
 
-def with_given_noise(table: StepTable) -> StepTable:
-    """The same solver with noise that the caller puts into the history's first buffer before each row.
-
-    `x_z` moves to `x_h1`. Raises `ConfigError` for a solver that looks back, or whose noise the model scales.
-    """
-    if table.history or table.learned:
-        what = "looks back at earlier predictions" if table.history else "has a learned variance"
-        raise ConfigError(
-            f"this solver {what}, so it can't take torch's noise; give seeds, from which the kernel draws its own"
-        )
-    rows = table.rows.copy()
-    rows[:, X_H1], rows[:, X_Z] = table.rows[:, X_Z], 0.0
-    return replace(table, rows=rows)
-
-
 class Loop(Sampler):
-    """A `Sampler` that can be given each row's noise, can be watched, and tells a model its last x_0."""
+    """A `Sampler` that tells a model its last x_0: a model_kwargs["x_self_cond"], float32 [B, ...].
 
-    _noise: Noise | None = None
-    _watch: Watch | None = None
-
-    def __init__(self, model: Callable[..., Any], table: StepTable) -> None:
-        super().__init__(model, table)
-        self._running = threading.Lock()
-
-    def run(
-        self,
-        shape: Sequence[int],
-        *,
-        seeds: int | Sequence[int] = 0,
-        x_T: Tensor | None = None,
-        noise: Noise | None = None,
-        watch: Watch | None = None,
-        model_kwargs: Mapping[str, Any] | None = None,
-    ) -> Tensor:
-        """`sample`, with the table of `with_given_noise` where there is `noise`.
-
-        Args:
-            shape, seeds, x_T, model_kwargs: as in `Sampler.sample`. A model_kwargs["x_self_cond"], float32 [B, ...],
-                is what the model is told of x_0 at the first row; at the others it is the x_0 of the row before.
-            noise: noise(row) is called before each row, for its z [B, ...] or None.
-            watch: watch(row, x) is called after each row; x is the state's buffer: to be copied, not kept.
-
-        Returns:
-            [B, ...] float32. Raises what `Sampler.sample` raises.
-        """
-        with self._running:
-            self._noise, self._watch = noise, watch
-            try:
-                return self.sample(shape, seeds=seeds, x_T=x_T, model_kwargs=model_kwargs)
-            finally:
-                self._noise = self._watch = None
+    What is given is for the first row; at the others it is the x_0 of the row before.
+    """
 
     def _allocate(self, part: Inputs) -> Buffers:
         buffers = super()._allocate(part)
         if SELF_CONDITION in buffers.model_kwargs:
             buffers.x0 = buffers.model_kwargs[SELF_CONDITION]  # the kernel writes what the model reads next
         return buffers
-
-    def _prepared(self, part: Inputs) -> tuple[Buffers, Callable[[], None]]:
-        buffers, step = super()._prepared(part)
-        noise, watch, rows = self._noise, self._watch, iter(range(self.table.num_rows))
-
-        def one() -> None:
-            row = next(rows)
-            z = None if noise is None else noise(row)
-            if z is not None and buffers.h1 is not None:
-                buffers.h1.copy_(z)
-            step()
-            if watch is not None:
-                watch(row, buffers.x)
-
-        return buffers, one
 
 
 class Loops:

@@ -20,7 +20,7 @@ from ..schedule import NoiseSchedule
 from ..seeds import sample_seeds
 from ..solvers import StepTable
 from ..solvers.ddim import ddim_table
-from .loops import SELF_CONDITION, Loops, posterior_table, strides_between, with_given_noise
+from .loops import SELF_CONDITION, Loops, posterior_table, strides_between
 
 Seeds = int | Sequence[int] | None
 
@@ -148,9 +148,7 @@ class _Front:
         seeds = self._fastddpm_seeds if seeds is None else seeds
         device, states = self.betas.device, []
         told = {SELF_CONDITION: torch.zeros(shape, device=device)} if self.self_condition else {}
-        loop = self._fastddpm_loops.get(
-            self.model, table if seeds is not None else with_given_noise(table), partial(_called, self.model)
-        )
+        loop = self._fastddpm_loops.get(self.model, table, partial(_called, self.model))
         if seeds is None:
             x_T = torch.randn(shape, device=device)
         else:
@@ -161,17 +159,17 @@ class _Front:
 
         with tqdm(total=table.num_rows, desc="sampling loop time step") as bar:
 
-            def watch(row: int, x: Tensor) -> None:
+            def after(row: int, x: Tensor) -> None:
                 bar.update()
                 if all_timesteps:
                     states.append(x.clone())
 
-            last = loop.run(
+            last = loop.sample(
                 shape,
                 seeds=0 if seeds is None else seeds,
                 x_T=x_T,
                 noise=noise if seeds is None else None,
-                watch=watch,
+                callback=after,
                 model_kwargs=told,
             )
         if not all_timesteps:

@@ -22,9 +22,10 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ..errors import ConfigError, InputError
+from ..sampler import Callback
 from ..solvers import StepTable
 from ._pipeline_tables import KNOWN, is_known, table_of
-from .loops import Loops, with_given_noise
+from .loops import Loops
 
 Generators = torch.Generator | list[torch.Generator] | None
 Seeds = int | Sequence[int] | None
@@ -144,9 +145,9 @@ class _Front:
         seeds: Seeds,
         told: dict[str, Tensor],
         x_T: Tensor | None = None,
-        watch: Callable[[int, Tensor], None] | None = None,
+        callback: Callback | None = None,
     ) -> Tensor:
-        """The samples, from x_T or from noise; `watch` is called after each step."""
+        """The samples, from x_T or from noise; `callback` as in `Sampler.sample`."""
         like = _parameter(self.unet)
 
         def draw() -> Tensor:
@@ -157,19 +158,18 @@ class _Front:
 
         def after(row: int, x: Tensor) -> None:
             bar.update()
-            if watch is not None:
-                watch(row, x)
+            if callback is not None:
+                callback(row, x)
 
-        given: dict[str, Any] = {"model_kwargs": told, "watch": after}
+        given: dict[str, Any] = {"model_kwargs": told, "callback": after}
         if seeds is not None:
             given |= {"x_T": x_T, "seeds": seeds}
         else:
-            given |= {"x_T": draw() if x_T is None else x_T, "noise": noise}
-            table = with_given_noise(table) if any(draws) else table
+            given |= {"x_T": draw() if x_T is None else x_T, "seeds": 0, "noise": noise}
         loop = self._fastddpm_loops.get(self.unet, table)
         loop.state_dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         with self.progress_bar(total=table.num_rows) as bar:
-            return loop.run(shape, **given)
+            return loop.sample(shape, **given)
 
 
 class _DDPMFront(_Front):
@@ -243,12 +243,12 @@ class _ConsistencyFront(_Front):
         else:
             self.scheduler.set_timesteps(timesteps=timesteps, device=like.device)
 
-        def watch(row: int, x: Tensor) -> None:
+        def told_of(row: int, x: Tensor) -> None:
             if callback is not None and row % callback_steps == 0:
                 callback(row, self.scheduler.timesteps[row], x.to(like.dtype, copy=True))
 
         told = {} if labels is None else {"class_labels": labels}
-        x = self._sampled(shape, *table_of(self.scheduler), generator, seeds, told, latents, watch)
+        x = self._sampled(shape, *table_of(self.scheduler), generator, seeds, told, latents, told_of)
         images = self.postprocess_image(x.to(like.dtype) if output_type == "pt" else x, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
