@@ -314,9 +314,9 @@ class Sampler:
 
     # --- what the model wants -----------------------------------------------------------------------------------------
 
-    def _parameters(self) -> list[Tensor]:
+    def _parameters(self) -> Iterator[Tensor]:
         """Those of the model, or of the modules that a function around them runs."""
-        return [p for module in graphs.modules_of(self.model) for p in module.parameters()]
+        return (p for module in graphs.modules_of(self.model) for p in module.parameters())
 
     def _model_dtype(self) -> torch.dtype:
         """The dtype of the model's input, as it is now: the user may have converted the model."""

@@ -15,7 +15,6 @@ from fastddpm_kernels import columns as col
 from numpy.typing import NDArray
 from torch import Tensor
 
-
 Ints = Sequence[int] | Tensor
 
 

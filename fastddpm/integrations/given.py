@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 from fastddpm_kernels import normal, reference, reverse_step
-from fastddpm_kernels.columns import S_0, S_V, X_Z
 from torch import Tensor
 
 from ..errors import InputError, NonFiniteError
@@ -55,6 +54,7 @@ class Rows:
         Returns x_0 as the table predicts it, limited. `noise` isn't called where the seeds say what it is.
         """
         table = self.table
+        z = None if self.drawn or noise is None else noise()
         self.x, x0, flags = reverse_step(
             self.x,
             output if output.dtype != torch.float64 else output.to(self.x.dtype),
@@ -64,25 +64,14 @@ class Rows:
             **{f"h{k}": h for k, h in enumerate(self._history, 1)},
             limited=table.limited,
             dynamic=table.dynamic,
-            noise=self.drawn and table.stochastic,
+            z=None if z is None else z.to(self.x.dtype),
+            noise=(self.drawn or z is not None) and table.stochastic,
             learned=table.learned,
             direct=table.direct,
         )
         self._flags.append(flags)
         self._history = [x0, *self._history][: table.history]
-        z = None if self.drawn or noise is None else noise()
-        if z is not None:
-            self._add(row, z.to(self.x.dtype), output)
         return x0
-
-    def _add(self, row: int, z: Tensor, output: Tensor) -> None:
-        scale = float(self.table.rows[row, X_Z])
-        if not self.table.learned:
-            self.x.add_(z, alpha=scale)
-            return
-        s_0, s_v = self.table.rows[row, [S_0, S_V]].tolist()
-        v = output[:, self.x.shape[1] :].to(self.x.dtype)
-        self.x.addcmul_(torch.exp2(s_0 + s_v * v), z, value=scale)
 
     def noise_of_seeds(self) -> Tensor:
         """Noise beside that of the rows, [B, ...]: stream 1, the step behind the last."""
