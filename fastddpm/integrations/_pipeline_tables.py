@@ -15,8 +15,9 @@ from ..errors import ConfigError
 from ..schedule import NoiseSchedule
 from ..solvers import StepTable, step_table
 from ..solvers.ddim import ddim_table
+from ..solvers.ddpm import posterior_table
 from ._diffusers_dpm import FusedDPMSolverMultistepScheduler
-from .loops import posterior_table, strides_between
+from .loops import strides_between
 
 KNOWN = (DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler, CMStochasticIterativeScheduler)
 _STEP = (  # the methods that a step is made of
@@ -81,7 +82,7 @@ def table_of(scheduler: Any, eta: float = 0.0, use_clipped_model_output: bool = 
             f"allowed: the same in both, one of {', '.join(map(repr, _VARIANCES))}"
         )
     strides = strides_between(schedule, t, np.append(t[1:], -1))
-    return posterior_table(strides, variance=variance, **common), (t > 0).tolist()
+    return posterior_table(strides, t > 0, variance=variance, **common), (t > 0).tolist()
 
 
 def _multistep(scheduler: Any) -> tuple[StepTable, list[bool]]:

@@ -20,7 +20,8 @@ from ..schedule import NoiseSchedule
 from ..seeds import sample_seeds
 from ..solvers import StepTable
 from ..solvers.ddim import ddim_table
-from .loops import SELF_CONDITION, Loops, posterior_table, strides_between
+from ..solvers.ddpm import posterior_table
+from .loops import SELF_CONDITION, Loops, strides_between
 
 Seeds = int | Sequence[int] | None
 
@@ -117,7 +118,7 @@ class _Front:
         """All time steps, by DDPM; as in the library."""
         times = range(self.num_timesteps - 1, -1, -1)
         strides = strides_between(self._schedule(), times, range(self.num_timesteps - 2, -2, -1))
-        table = posterior_table(strides, prediction_type=_OBJECTIVES[self.objective], clip=1.0)
+        table = posterior_table(strides, strides.t != 0, prediction_type=_OBJECTIVES[self.objective], clip=1.0)
         return self._sampled(tuple(shape), table, return_all_timesteps, seeds)
 
     def ddim_sample(self, shape: Sequence[int], return_all_timesteps: bool = False, *, seeds: Seeds = None) -> Tensor:

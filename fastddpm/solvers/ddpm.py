@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import ConfigError
 from ..schedule import NoiseSchedule
@@ -10,6 +13,7 @@ from .spacing import Spacing
 from .strides import Strides
 from .table import StepTable, check_ratio, step_table
 
+LEAST_VARIANCE = 1e-20  # where a logarithm is taken of one that is 0
 VARIANCES = ("fixed_small", "fixed_large", "learned", "learned_range")
 
 
@@ -49,34 +53,48 @@ def ddpm(
     Raises:
         ConfigError: for a value that is not among these.
     """
+    strides = Strides.of(schedule, steps, spacing, start)
+    noisy = np.arange(len(strides.t)) < len(strides.t) - 1  # Ho et al., algorithm 2: z = 0 at the last step
+    options: dict[str, Any] = dict(variance=variance, prediction_type=prediction_type, clip=clip)
+    return posterior_table(strides, noisy, ratio=dynamic_thresholding_ratio, **options)
+
+
+def posterior_table(
+    strides: Strides,
+    noisy: NDArray[np.bool_],
+    *,
+    variance: str = "fixed_small",
+    prediction_type: str = "epsilon",
+    clip: float | None = None,
+    ratio: float | None = None,
+) -> StepTable:
+    """DDPM between any levels, with noise in the rows that are `noisy`; the options as in `ddpm`."""
     if variance not in VARIANCES:
         raise ConfigError(f"variance is {variance!r}; allowed: {', '.join(map(repr, VARIANCES))}")
-    strides = Strides.of(schedule, steps, spacing, start)
     x0_x, x0_m = strides.predicted_x0(prediction_type)
     keep = strides.noise_next / strides.noise
     sigma = np.sqrt(strides.beta if variance == "fixed_large" else strides.beta * keep)
     s_0, s_v = np.zeros(len(sigma)), np.zeros(len(sigma))  # log2 of the noise's scale: s_0 + s_v v
     if variance == "learned":
-        s_v[:-1] = 0.5 / np.log(2.0)
+        s_v = np.full(len(sigma), 0.5 / np.log(2.0))
     if variance == "learned_range":
-        large, small = np.log2(strides.beta[:-1]) / 2, np.log2(sigma[:-1])
-        s_0[:-1], s_v[:-1] = (large + small) / 2, (large - small) / 2
+        large, small = (np.log2(np.maximum(v, LEAST_VARIANCE)) / 2 for v in (strides.beta, strides.beta * keep))
+        s_0, s_v = noisy * (large + small) / 2, (large - small) / 2
     if variance.startswith("learned"):
         sigma[:] = 1.0
-        s_v[-1] = 2.0**-20  # without effect, but a table of the last row alone must know that there is a v
-    sigma[-1] = 0.0  # Ho et al., algorithm 2: z = 0 at the last step
+        s_v = np.where(noisy, s_v, 2.0**-20)  # without effect, but a table of the last row alone must know of the v
     return step_table(
         strides.t,
         x0_x=x0_x,
         x0_m=x0_m,
         x_x0=np.sqrt(strides.bar_next) * strides.beta / strides.noise,
         x_x=np.sqrt(strides.alpha) * keep,
-        x_z=sigma,
+        x_z=noisy * sigma,
         s_0=s_0,
         s_v=s_v,
         k_x=np.sqrt(strides.bar_next),
         k_z=np.sqrt(strides.noise_next),
         start=strides.start,
         clip=clip,
-        ratio=check_ratio(dynamic_thresholding_ratio, clip),
+        ratio=check_ratio(ratio, clip),
     )
