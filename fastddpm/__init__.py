@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .acceleration import accelerate
     from .edm import EDMSchedule
     from .errors import FastDDPMError
+    from .inflight import InflightSampler
     from .sampler import Sampler, sample
     from .schedule import NoiseSchedule
     from .solvers import StepTable
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "EDMSchedule": "edm",
     "FastDDPMError": "errors",
+    "InflightSampler": "inflight",
     "NoiseSchedule": "schedule",
     "Sampler": "sampler",
     "StepTable": "solvers",
@@ -38,6 +40,7 @@ _HOMES = {
 __all__ = [
     "EDMSchedule",
     "FastDDPMError",
+    "InflightSampler",
     "NoiseSchedule",
     "Sampler",
     "StepTable",

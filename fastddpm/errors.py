@@ -59,3 +59,7 @@ class DeviceError(FastDDPMError):
     """The device that was asked for is not there."""
 
     exit_code = 7
+
+
+class BusyError(FastDDPMError, TimeoutError):
+    """There was no room for a request in the time that its caller gave it."""
