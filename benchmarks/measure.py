@@ -90,7 +90,7 @@ def machine() -> dict[str, Any]:
     """What a figure depends on: processor, threads, other load, GPU and driver, versions."""
     names = ("torch", "triton", "numpy", "diffusers")
     return {
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "not set"),
@@ -109,7 +109,8 @@ def load_average() -> float | None:
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """The CPU's name, as Linux has it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

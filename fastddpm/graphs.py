@@ -1,6 +1,6 @@
-"""Capture one step of the sampling loop into a CUDA graph, and replay it.
+"""Capture steps of the sampling loop into CUDA graphs, and replay them.
 
-A step works on buffers that stay where they are (`sampler.Buffers`); seed, cursor and table are in device memory, so
+A step works on buffers that stay where they are (`buffers.Buffers`); seed, cursor and table are in device memory, so
 every replay draws its own noise and applies its own row. What a graph can't do is told from what the user did wrong:
 an error in the warm-up is the model's and is raised as it is; an error in the capture is a `GraphCaptureError`.
 """
@@ -12,9 +12,9 @@ import inspect
 import threading
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -28,8 +28,14 @@ WARM_UPS = 3  # cuBLAS, cuDNN and Triton initialise lazily, and may not do so du
 _ONE_AT_A_TIME = threading.Lock()  # CUDA allows one capture a process; the settings below are the process's too
 
 
-def capture(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """Run `step` a few times, capture it, and return the function that replays it on the current stream.
+def capture(
+    run: Callable[[int], None], device: torch.device, lengths: Sequence[int] = (1,), pool: Any = None
+) -> dict[int, Callable[[], None]]:
+    """Capture ``run(n)``, n steps, for each n of `lengths`; returns the functions that replay them, by n.
+
+    ``run(1)`` is called a few times before. A replay is on the current stream. The graphs share their memory, also with
+    others of the same `pool` (`torch.cuda.graph_pool_handle`): so no two of them may run at once, and what a step
+    leaves behind must be in buffers of its own.
 
     Raises `GraphCaptureError` where the step can't be captured: it synchronises with the host (``.item()``, a branch
     on a tensor's value), copies from pageable memory, or draws from torch's random generator (every replay would draw
@@ -43,29 +49,35 @@ def capture(step: Callable[[], None], device: torch.device) -> Callable[[], None
         try:
             with torch.cuda.stream(stream):
                 for _ in range(WARM_UPS - 1):
-                    step()
-                _without_synchronising(step)
+                    run(1)
+                _without_synchronising(run)
         finally:  # also where the model failed: the buffers may not be freed while the stream still writes them
             current.wait_stream(stream)
         if not torch.equal(random_state, torch.cuda.get_rng_state(device)):
             torch.cuda.set_rng_state(random_state, device)
             raise GraphCaptureError("the model draws random numbers (dropout in train mode?)")
 
-        graph = torch.cuda.CUDAGraph()
-        try:
-            # thread_local: another thread's cudaMalloc or synchronisation must not break this capture
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                step()
-        except RuntimeError as error:
-            torch.cuda.set_stream(current)  # ending a broken capture raises before torch sets it back
-            torch.cuda.synchronize(device)
-            cause = error.__context__ or error
-            raise GraphCaptureError((str(cause) or type(cause).__name__).splitlines()[0]) from error
-        return graph.replay
+        return {n: _captured(run, n, device, stream, pool) for n in lengths}
 
 
-def _without_synchronising(step: Callable[[], None]) -> None:
-    """Run `step`; `GraphCaptureError` where it waits for the device.
+def _captured(
+    run: Callable[[int], None], n: int, device: torch.device, stream: torch.cuda.Stream, pool: Any
+) -> Callable[[], None]:
+    current, graph = torch.cuda.current_stream(device), torch.cuda.CUDAGraph()
+    try:
+        # thread_local: another thread's cudaMalloc or synchronisation must not break this capture
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            run(n)
+    except RuntimeError as error:
+        torch.cuda.set_stream(current)  # ending a broken capture raises before torch sets it back
+        torch.cuda.synchronize(device)
+        cause = error.__context__ or error
+        raise GraphCaptureError((str(cause) or type(cause).__name__).splitlines()[0]) from error
+    return graph.replay
+
+
+def _without_synchronising(run: Callable[[int], None]) -> None:
+    """Run a step; `GraphCaptureError` where it waits for the device.
 
     Found here, and not by a capture that breaks: torch is not whole after one (its allocator and generator go on as if
     it were still under way).
@@ -73,7 +85,7 @@ def _without_synchronising(step: Callable[[], None]) -> None:
     mode = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        step()
+        run(1)
     except RuntimeError as error:
         if "synchronizing" not in str(error):
             raise

@@ -25,7 +25,8 @@ from .solvers import StepTable
 GraphMode = Literal["auto"] | bool
 Noise = Callable[[int], Tensor | None]
 Callback = Callable[[int, Tensor], object]
-Step = Callable[[Callable[[], None] | None], None]  # is given what fills the buffer of noise, or None
+Step = Callable[[Callable[[], None] | None, int], int]  # given what sets the noise, and how many rows: does some
+UNROLLED = 10  # steps in a graph, beside one of a single step; even, for `LoopStep`. Not measured on a GPU yet.
 
 
 class TraceStep(NamedTuple):
@@ -94,6 +95,7 @@ class Sampler:
         self._lock = threading.Lock()
         self._captured: graphs.RecentlyUsed[tuple[Buffers, Step]] = graphs.RecentlyUsed()
         self._captured_for: object = None
+        self._pool: Any = None  # of the memory that all graphs share: only one runs at a time
         self._graph_refused = False
 
     def sample(
@@ -178,16 +180,19 @@ class Sampler:
     def _run(self, part: Inputs, noise: Noise | None, callback: Callback | None, bar: Any) -> Buffers:
         """The loop."""
         device = self._device(part.x_T)
-        ahead = noise is None and self.table.stochastic and device.type == "cpu"
+        ahead = noise is None and self._makes_noise_ahead(device)
         part = replace(part, noise_is_given=noise is not None or ahead)
         buffers, step = self._prepared(part)
         buffers.start(part, self.table.init_noise_sigma)
         z_of = NoiseAhead(buffers.seeds, buffers.x, self.table.num_rows) if ahead else noise
-        for row in range(self.table.num_rows):
-            step(None if z_of is None else partial(buffers.set_noise, z_of, row))
+        row, rows = 0, self.table.num_rows
+        while row < rows:
+            alone = z_of is not None or callback is not None
+            done = step(None if z_of is None else partial(buffers.set_noise, z_of, row), 1 if alone else rows - row)
+            row += done
             if callback is not None:
-                callback(row, buffers.x)
-            bar.update()
+                callback(row - 1, buffers.x)
+            bar.update(done)
         return buffers
 
     def trace(
@@ -267,6 +272,8 @@ class Sampler:
             if fingerprint != self._captured_for:
                 self._captured.clear()
                 self._captured_for = fingerprint
+            if self._pool is None and torch.cuda.is_available():
+                self._pool = torch.cuda.graph_pool_handle()
             key = None
             try:
                 key = (_key(part), device)
@@ -279,7 +286,16 @@ class Sampler:
                     self._captured.clear()
                 warnings.warn(f"no CUDA graph: {error}; sampling goes on eagerly, slower", stacklevel=3)
         buffers = self._allocate(part)
-        return buffers, partial(self._step, buffers, self._loop_step(buffers))
+        apply = self._loop_step(buffers)
+
+        def step(set_noise: Callable[[], None] | None, rows: int) -> int:
+            self._step(buffers, apply, set_noise)
+            return 1
+
+        return buffers, step
+
+    def _makes_noise_ahead(self, device: torch.device) -> bool:
+        return self.table.stochastic and device.type == "cpu"
 
     def _wants_graph(self, device: torch.device) -> bool:
         return device.type == "cuda" and self.graph is not False and not self._graph_refused
@@ -289,18 +305,29 @@ class Sampler:
         buffers.start(part, self.table.init_noise_sigma)  # for the warm-up
         apply = self._loop_step(buffers)
 
-        def captured() -> None:
-            self._step(buffers, apply)
-            apply.turn_back()  # every replay reads the same one of the two buffers of cursors
+        def run(n: int) -> None:
+            for _ in range(n):
+                self._step(buffers, apply)
+            if n % 2:
+                apply.turn_back()  # every replay reads the same one of the two buffers of cursors
 
-        replay = graphs.capture(captured, device)
+        lengths = (UNROLLED, 1) if self.table.num_rows >= UNROLLED and not part.noise_is_given else (1,)
+        replays = graphs.capture(run, device, lengths, self._pool)
 
-        def step(set_noise: Callable[[], None] | None) -> None:
+        def step(set_noise: Callable[[], None] | None, rows: int) -> int:
             if set_noise is not None:
                 set_noise()
-            replay()
+            n = next(n for n in lengths if n <= rows)
+            replays[n]()
+            return n
 
         return buffers, step
+
+    def close(self) -> None:
+        """Free the CUDA graphs, and the memory that they hold; the next call captures anew."""
+        with self._lock:
+            self._captured.clear()
+            self._captured_for = self._pool = None
 
     def _allocate(self, part: Inputs) -> Buffers:
         return Buffers.of(

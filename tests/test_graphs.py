@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fake_graph import FakeGraphs
 from fastddpm_kernels import LoopStep
 
 from fastddpm import NoiseSchedule, Sampler, graphs, solvers
@@ -114,18 +115,18 @@ class FakeCapture:
         refused = lambda sampler: sampler._graph_refused or sampler.graph is False  # noqa: E731
         monkeypatch.setattr(Sampler, "_wants_graph", lambda sampler, device: not refused(sampler))
 
-    def __call__(self, step, device):
+    def __call__(self, run, device, lengths=(1,), pool=None):
         self.captures += 1
         for _ in range(3):
-            step()
+            run(1)
         if self.error:
             raise GraphCaptureError(self.error)
 
-        def replay():
+        def replay(n):
             self.replays += 1
-            step()
+            run(n)
 
-        return replay
+        return {n: functools.partial(replay, n) for n in lengths}
 
 
 class Net(torch.nn.Module):
@@ -146,6 +147,59 @@ def test_replays_are_the_eager_bytes_and_results_stay(monkeypatch):
     made = [sampler.sample((2, 5), seeds=s) for s in range(3)]
     assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True))  # the warm-up leaves no trace
     assert (fake.captures, fake.replays) == (1, 18)
+
+
+TABLES = {
+    "ddpm": solvers.ddpm(NoiseSchedule.linear(), 47),
+    "history": solvers.dpm_solver(NoiseSchedule.linear(), 29, order=3),
+    "ten": solvers.ddim(NoiseSchedule.linear(), 10),
+    "nine": solvers.ddim(NoiseSchedule.linear(), 9),
+    "one": solvers.ddim(NoiseSchedule.linear(), 1, spacing="trailing"),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_what_a_graph_holds_is_the_loop(monkeypatch, name):
+    """Recorded and replayed as it is, chunks and single steps: the eager bytes, again and again."""
+    table = TABLES[name]
+    shift = {"model_kwargs": {"shift": torch.tensor([1.0, 2.0])}}
+    guided = {**shift, "guidance_scale": [3.0, 1.5], "unconditional_kwargs": {"shift": 0.0}}
+    guided |= {"guidance_interval": (0.2, 5.0)} if table.num_rows > 1 else {}
+    known = {"known": torch.ones(2, 5), "mask": torch.arange(5) < 2}
+    runs = [(seed, given) for given in ({}, shift, guided, known) for seed in (0, 1)]
+    eager = [Sampler(Net(), table, state_dtype=torch.float32).sample((2, 5), seeds=s, **given) for s, given in runs]
+    fake = FakeGraphs(monkeypatch)
+    monkeypatch.setattr("fastddpm.sampler.NoiseAhead", None)  # on a GPU the kernel makes the noise
+    monkeypatch.setattr(Sampler, "_makes_noise_ahead", lambda sampler, device: False)
+    sampler = Sampler(Net(), table)
+    made = [sampler.sample((2, 5), seeds=s, **given) for s, given in runs]
+    assert all(torch.equal(a, b) for a, b in zip(made, eager, strict=True))
+    chunks, single = divmod(table.num_rows, 10)
+    assert fake.replays.get(10, 0) == 8 * chunks
+    assert fake.replays.get(1, 0) == 8 * single
+    assert fake.captures == 4
+
+
+def test_a_callback_and_given_noise_want_each_step(monkeypatch):
+    fake, table, rows = FakeGraphs(monkeypatch), TABLES["ddpm"], []
+    z = torch.randn(47, 2, 5, generator=torch.Generator().manual_seed(0))
+    expected = Sampler(Net(), table, graph=False).sample((2, 5), seeds=0, noise=lambda row: z[row])
+    made = Sampler(Net(), table).sample(
+        (2, 5), seeds=0, noise=lambda row: z[row], callback=lambda row, x: rows.append(row)
+    )
+    assert torch.equal(made, expected)
+    assert fake.replays == {1: 47}
+    assert rows == list(range(47))
+
+
+def test_closing_frees_the_graphs(monkeypatch):
+    fake = FakeCapture(monkeypatch)
+    sampler = Sampler(Net(), TABLE)
+    first = sampler.sample((2, 5), seeds=0)
+    sampler.close()
+    assert len(sampler._captured) == 0
+    assert torch.equal(sampler.sample((2, 5), seeds=0), first)
+    assert fake.captures == 2
 
 
 def test_new_shapes_and_arguments_get_graphs_of_their_own(monkeypatch):
