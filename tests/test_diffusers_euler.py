@@ -424,7 +424,7 @@ def test_the_kernels_rows_say_the_same(stock, fused, monkeypatch):
     monkeypatch.setattr(fused, "_kernel_devices", ("cpu",))
     used = []
     through = fused._step_by_kernel
-    monkeypatch.setattr(fused, "_step_by_kernel", lambda *args: used.append(1) or through(*args))
+    monkeypatch.setattr(fused, "_step_by_kernel", lambda *args, **given: used.append(1) or through(*args, **given))
     many = [{}, dict(clip_sample=True)] if stock is HeunDiscreteScheduler else [{}, dict(rescale_betas_zero_snr=True)]
     given = [{}, NOISY] if stock is EulerDiscreteScheduler else [{}]
     for config, more, kind in itertools.product(many, given, kinds(stock)):

@@ -195,7 +195,9 @@ def test_the_kernels_rows_say_the_same(kind, clip, monkeypatch):
     """As on CUDA: `reverse_step`, whose CPU implementation is the reference of the kernel; one launch a step."""
     monkeypatch.setattr(FusedLCMScheduler, "_kernel_devices", ("cpu",))
     used, through = [], FusedLCMScheduler._step_by_kernel
-    monkeypatch.setattr(FusedLCMScheduler, "_step_by_kernel", lambda *args: used.append(1) or through(*args))
+    monkeypatch.setattr(
+        FusedLCMScheduler, "_step_by_kernel", lambda *args, **given: used.append(1) or through(*args, **given)
+    )
     config = dict(prediction_type=kind, clip_sample=clip, timestep_scaling=0.01)  # so that c_skip is felt
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.float16, 1e-3)):
         one, other = (outputs(s(**config), dtype=dtype) for s in PAIR)

@@ -237,7 +237,11 @@ def test_the_kernels_rows_say_the_same(order, kind, monkeypatch):
     """As on CUDA: `reverse_step`, whose CPU implementation is the reference of the kernel."""
     monkeypatch.setattr(FusedUniPCMultistepScheduler, "_kernel_devices", ("cpu",))
     used, through = [], FusedUniPCMultistepScheduler._step_by_kernel
-    monkeypatch.setattr(FusedUniPCMultistepScheduler, "_step_by_kernel", lambda *args: used.append(1) or through(*args))
+    monkeypatch.setattr(
+        FusedUniPCMultistepScheduler,
+        "_step_by_kernel",
+        lambda *args, **given: used.append(1) or through(*args, **given),
+    )
     for config in product(
         predict_x0=[True] if kind == "flow_prediction" else [True, False],
         solver_type=["bh1", "bh2"],

@@ -238,12 +238,14 @@ def test_a_copy_looks_at_its_own_time_steps(stock, fused):
     scheduler = fused()
     scheduler.set_timesteps(10)
     for twin in (copy.deepcopy(scheduler), pickle.loads(pickle.dumps(scheduler))):
-        plan = twin._plan or twin._plans[0]
+        plan = twin._planned()
         assert plan.locate(twin.timesteps[3]) == 3
         assert plan.locate(torch.tensor(12345)) is None
         assert plan.locate(scheduler.timesteps[3]) == 3
         scheduler.timesteps[3] = 7  # no item of the copy's
         assert plan.locate(scheduler.timesteps[3]) is None
+        changed = copy.deepcopy(scheduler)  # whose tensors don't count the change
+        assert changed._planned().host[3] == 7
         scheduler.set_timesteps(10)
 
 

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import _diffusers_rows as rows
-from ._diffusers_plan import LEARNED, PREDICTIONS, Fused, Plan
+from ._diffusers_fused import Counted
+from ._diffusers_plan import LEARNED, PREDICTIONS, Plan
 
 
-class FusedDPMSolverMultistepScheduler(Fused, DPMSolverMultistepScheduler):
+class FusedDPMSolverMultistepScheduler(Counted, DPMSolverMultistepScheduler):
     """diffusers' `DPMSolverMultistepScheduler` with a fused step (arXiv 2211.01095, algorithm 2); the same config."""
 
     _hooks = (
@@ -27,7 +28,8 @@ class FusedDPMSolverMultistepScheduler(Fused, DPMSolverMultistepScheduler):
         "multistep_dpm_solver_second_order_update",
         "multistep_dpm_solver_third_order_update",
     )
-    _plans: tuple[Plan, ...] = ()  # one for each order
+    model_outputs: Any  # these are of diffusers' class
+    _threshold_sample: Any
 
     def set_timesteps(
         self,
@@ -38,24 +40,7 @@ class FusedDPMSolverMultistepScheduler(Fused, DPMSolverMultistepScheduler):
     ) -> None:
         """Set the time steps, as diffusers does, and compute their coefficients."""
         super().set_timesteps(num_inference_steps, None, mu, timesteps)
-        host = self.timesteps.tolist()
-        self.timesteps = self.timesteps.to(device)
-        self._plans = self._made(host)
-
-    def index_for_timestep(self, timestep: Any, schedule_timesteps: Tensor | None = None) -> int:
-        """The index of a time step, as diffusers has it: where it is there twice, the second."""
-        if self.num_inference_steps is None or (
-            schedule_timesteps is not None and schedule_timesteps is not self.timesteps
-        ):
-            return super().index_for_timestep(timestep, schedule_timesteps)
-        plan = self._planned()[0]
-        at = plan.locate(timestep)
-        return super().index_for_timestep(timestep) if at is None else plan.positions[plan.host[at]][:2][-1]
-
-    @torch.compiler.disable
-    def _init_step_index(self, timestep: Any) -> None:
-        """Where a trajectory starts. (Compiled code stops here, unless `set_begin_index` was called.)"""
-        self._step_index = self.index_for_timestep(timestep)
+        self._started(device)
 
     def step(
         self,
@@ -72,22 +57,19 @@ class FusedDPMSolverMultistepScheduler(Fused, DPMSolverMultistepScheduler):
         """
         self._checked_generator(generator)
         m, x = model_output, sample
-        if self.num_inference_steps is not None and self._step_index is None:
-            if self._begin_index is None:
-                self._init_step_index(timestep)
-            else:
-                self._step_index = self._begin_index
-        at, plans = self._step_index, self._planned() if self.num_inference_steps is not None else ()
-        order = self._order(at) if plans else 0
+        if self.num_inference_steps is None:
+            return super().step(m, timestep, x, generator, variance_noise, return_dict)  # raises
+        at = self._at(timestep)
+        plan, order = self._plan_at(at)
+        row = None if plan is None else plan.row(at)
         stochastic = self.config.algorithm_type.startswith("sde")
         stock = partial(self._stock, super().step) if stochastic else super().step
-        plan = plans[order - 1] if 0 < order <= len(plans) else None
-        if plan is None or not 0 <= at < len(plan.rows) or plan.rows[at] is None or m.shape != x.shape:
+        if plan is None or row is None or m.shape != x.shape:
             return stock(m, timestep, x, generator, variance_noise, return_dict)
         past = self.model_outputs[len(self.model_outputs) - order + 1 :][::-1]  # as it is before this step
         if (variance_noise is None or not stochastic) and self._kernel_takes(plan, at, m, x):
-            drawn = [self._drawn(m, torch.float32, at, generator)] if stochastic and self._seeds is None else []
-            prev, converted = self._step_by_kernel(plan, at, m, x, [*past, *drawn], False)
+            z = self._torchs(m, torch.float32, generator) if stochastic else None
+            prev, converted = self._step_by_kernel(plan, at, m, x, past, z)
             prev = prev.to(
                 m.dtype if self.config.prediction_type == "sample" else torch.promote_types(m.dtype, x.dtype)
             )
@@ -95,7 +77,6 @@ class FusedDPMSolverMultistepScheduler(Fused, DPMSolverMultistepScheduler):
             noise = variance_noise if variance_noise is None else variance_noise.to(m.device, torch.float32)
             if stochastic and noise is None:
                 noise = self._drawn(m, torch.float32, at, generator)
-            row = plan.rows[at]
             converted = self._converted(row, m, x)
             prev = _combined(row, x, converted, past, noise if stochastic else None)
         else:
@@ -105,6 +86,11 @@ class FusedDPMSolverMultistepScheduler(Fused, DPMSolverMultistepScheduler):
             self.lower_order_nums += 1
         self._step_index = at + 1
         return SchedulerOutput(prev_sample=prev) if return_dict else (prev,)
+
+    def _plan_at(self, at: int) -> tuple[Plan | None, int]:
+        """The plan of a step, and its order; None where diffusers is asked."""
+        plans, order = self._planned().orders, self._order(at)
+        return plans[order - 1] if 0 < order <= len(plans) else None, order
 
     def _order(self, at: int) -> int:
         """The order of a step: it rises at the start and falls at the end."""
@@ -120,16 +106,15 @@ class FusedDPMSolverMultistepScheduler(Fused, DPMSolverMultistepScheduler):
 
         The levels k_x, k_z are 0, and noise is in x_z alone.
         """
-        plans, made = self._planned(), []
-        if not plans[0].has_table:
+        first, made = self._planned(), []
+        if not first.has_table:
             return None
-        for at, t in enumerate(plans[0].host):
+        for at in range(len(first.host)):
             self.lower_order_nums = min(at, self.config.solver_order)
-            order = self._order(at)
-            row = plans[order - 1].table[at].copy()
-            row[[col.T, (col.X_H1, col.X_H2, col.X_H3)[order - 1]]] = t, 0.0
-            made.append(row)
-        return np.stack(made)
+            made.append(first.orders[self._order(at) - 1].table[at])
+        table = np.stack(made)
+        table[:, col.T] = first.host
+        return table
 
     def _converted(self, row: Sequence[float], m: Tensor, x: Tensor) -> Tensor:
         """What the solver extrapolates: x0 for DPM-Solver++, else the noise; a fresh tensor."""
@@ -143,16 +128,6 @@ class FusedDPMSolverMultistepScheduler(Fused, DPMSolverMultistepScheduler):
         if config.prediction_type == "v_prediction":
             return m * alpha + x * sigma
         return (x - m * alpha).div_(sigma) if config.prediction_type == "sample" else m.clone()
-
-    def _planned(self) -> tuple[Plan, ...]:
-        if not self._plans or not self._plans[0].made_from(*self._seen()):
-            plans = self._plans
-            known = plans and plans[0].knows(self.timesteps)
-            self._plans = self._made(plans[0].host if known else self.timesteps.tolist())
-        return self._plans
-
-    def _seen(self) -> tuple[Any, ...]:
-        return self._internal_dict, self.timesteps, self.sigmas
 
     def _fits(self) -> bool:
         """Whether there are rows for this config; diffusers does the others."""
@@ -169,18 +144,18 @@ class FusedDPMSolverMultistepScheduler(Fused, DPMSolverMultistepScheduler):
             and not (config.algorithm_type == "sde-dpmsolver" and config.solver_order == 3)
         )
 
-    def _made(self, host: list[int]) -> tuple[Plan, ...]:
-        config, fits = self.config, self._fits() and len(self.sigmas) == len(host) + 1
-        if not fits:
-            return (Plan(self.timesteps, host, [], [], None, self._seen()),)
+    def _made(self, host: Tensor, *given: Any) -> Plan:
+        config, plans = self.config, []
+        if not self._fits() or len(self.sigmas) != len(host) + 1:
+            return self._plan_of(host)
         alpha, sigma = self._sigma_to_alpha_sigma_t(self.sigmas.cpu())
-        algorithm, plans = config.algorithm_type, []
         for order in range(1, config.solver_order + 1):
-            steps, back = rows.dpm_columns(alpha, sigma, order, algorithm, config.solver_type == "midpoint")
+            steps, back = rows.dpm_columns(alpha, sigma, order, config.algorithm_type, config.solver_type == "midpoint")
             columns = [alpha[:-1], sigma[:-1], *steps, *back]
             table = None if config.thresholding else partial(self._table, order, columns)
-            plans.append(Plan(self.timesteps, host, columns, [True] * len(host), table, self._seen()))
-        return tuple(plans)
+            plans.append(self._plan_of(host, columns, table=table))
+        plans[0].orders = tuple(plans)
+        return plans[0]
 
     def _table(self, order: int, columns: Sequence[Tensor]) -> Any:
         """The kernel's table, whose "x0" is what the solver extrapolates."""
@@ -191,8 +166,7 @@ class FusedDPMSolverMultistepScheduler(Fused, DPMSolverMultistepScheduler):
             first, other = d1 * (1 + w) + d2 * u, d1 * w + d2 * u  # of D1_0 and of -D1_1
             past = [first * i0, -first * i0 - other * i1, other * i1]
         given = dict(x0_x=x0_x, x0_m=x0_m, x_x=x, x_x0=d0 + past[0], x_z=z)
-        given |= {f"x_h{k}": past[k] for k in range(1, order)} | ({f"x_h{order}": z} if z.any() else {})
-        return rows.table(len(a), **given)
+        return rows.table(len(a), **given, **{f"x_h{k}": past[k] for k in range(1, order)})
 
 
 def _combined(row: Sequence[float], x: Tensor, m0: Tensor, past: Sequence[Tensor], noise: Tensor | None) -> Tensor:

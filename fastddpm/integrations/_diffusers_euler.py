@@ -14,37 +14,40 @@ from diffusers.schedulers.scheduling_euler_ancestral_discrete import (
 )
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler, EulerDiscreteSchedulerOutput
 from diffusers.utils import logging
+from fastddpm_kernels import columns as col
 from torch import Tensor
 
 from . import _diffusers_rows as rows
-from ._diffusers_plan import PREDICTIONS
-from ._diffusers_sigmas import FusedSigmas, SigmaPlan
+from ._diffusers_plan import PREDICTIONS, Plan
+from ._diffusers_sigmas import FusedSigmas
 
+NO_CHURN = (0.0, 0.0, math.inf)
 logger = logging.get_logger(__name__)
 
 
 class _FusedEuler(FusedSigmas):
     """What both have in common. The row's columns are those of `rows.sigma_columns`."""
 
-    def _columns(self, sigmas: Tensor) -> list[Tensor]:
+    def _columns(self, sigmas: Tensor, *given: Any) -> list[Tensor]:
         """The columns of the rows, [n] each, from levels [n + 1] on the CPU; empty where diffusers is to be asked."""
         raise NotImplementedError
 
     def _table(self, columns: Sequence[Tensor]) -> Any:
         """The columns as rows of the kernel's table."""
-        raise NotImplementedError
+        _, divisor, dt, *more = (c.double().numpy() for c in columns)
+        x0_x, x0_m = rows.predicted_ve(self.config.prediction_type, divisor, *more[-2:])
+        return rows.table(len(dt), x0_x=x0_x, x0_m=x0_m, x_x=(divisor + dt) / divisor, x_x0=-dt / divisor)
 
-    def _made(self, host: Tensor) -> SigmaPlan:
-        columns = self._columns(self.sigmas.cpu())
-        table = partial(self._table, columns) if columns else None
-        return SigmaPlan(self.timesteps, host, columns, table, self._seen())
+    def _made(self, host: Tensor, *given: Any) -> Plan:
+        columns = self._columns(self.sigmas.cpu(), *given)
+        return self._plan_of(host, columns, table=partial(self._table, columns) if columns else None)
 
-    def _row(self, m: Tensor, timestep: Any, x: Tensor) -> tuple[Any, int, Any]:
+    def _row(self, m: Tensor, timestep: Any, x: Tensor, *given: Any) -> tuple[Any, int, Any]:
         """(plan, index, row) of this step; the row is None where diffusers is to be asked, which refuses integers."""
         whole = not timestep.is_floating_point() if isinstance(timestep, Tensor) else isinstance(timestep, int)
         if whole or m.shape != x.shape:
             return None, 0, None
-        plan, at = self._planned(), self._at(timestep)
+        plan, at = self._planned(*given), self._at(timestep)
         row = plan.row(at)
         if row is not None and not self.is_scale_input_called:
             logger.warning("scale_model_input wasn't called: this scheduler's model takes scaled inputs")
@@ -60,16 +63,9 @@ class _FusedEuler(FusedSigmas):
         model_gives_x0 = self.config.prediction_type in ("sample", "original_sample")
         return prev.to(m.dtype), x0.to(m.dtype) if model_gives_x0 else x0
 
-    def _rows(self, columns: Sequence[Tensor], **noise: Any) -> Any:
-        _, divisor, dt, *more = (c.double().numpy() for c in columns)
-        x0_x, x0_m = rows.predicted_ve(self.config.prediction_type, divisor, *more[-2:])
-        return rows.table(len(dt), x0_x=x0_x, x0_m=x0_m, x_x=(divisor + dt) / divisor, x_x0=-dt / divisor, **noise)
-
 
 class FusedEulerDiscreteScheduler(_FusedEuler, EulerDiscreteScheduler):
     """diffusers' `EulerDiscreteScheduler` with a fused step (EDM, arXiv 2206.00364, algorithm 2); the same config."""
-
-    _churn: tuple[float, float, float] = (0.0, 0.0, math.inf)
 
     def set_timesteps(
         self,
@@ -99,11 +95,8 @@ class FusedEulerDiscreteScheduler(_FusedEuler, EulerDiscreteScheduler):
         Raises `InputError` for a generator where `use_counter_noise` is on; else what diffusers raises.
         """
         self._checked_generator(generator)
-        m, x, churn = model_output, sample, (s_churn, s_tmin, s_tmax)
-        if churn != self._churn:
-            self._churn = churn
-            self._renewed()
-        plan, at, row = self._row(m, timestep, x)
+        m, x = model_output, sample
+        plan, at, row = self._row(m, timestep, x, s_churn, s_tmin, s_tmax)
         by_kernel = row is not None and self._kernel_takes(plan, at, m, x)
         if row is None or not (by_kernel or self._eager(m, x)):
             others = (s_churn, s_tmin, s_tmax, s_noise, generator, return_dict)
@@ -113,18 +106,20 @@ class FusedEulerDiscreteScheduler(_FusedEuler, EulerDiscreteScheduler):
         if s_churn > 0 and plan.rows[at][4]:  # there is noise
             x = x + self._drawn(m, m.dtype, at, generator).mul_(s_noise).mul_(row[3])
         if by_kernel:
-            prev, x0 = self._as_stock(*self._step_by_kernel(plan, at, m, x, [], False), m)
+            prev, x0 = self._as_stock(*self._step_by_kernel(plan, at, m, x), m)
         else:
             prev, x0 = self._euler(row, m, x)
         self._step_index = at + 1
         return EulerDiscreteSchedulerOutput(prev_sample=prev, pred_original_sample=x0) if return_dict else (prev, x0)
 
-    def _columns(self, sigmas: Tensor) -> list[Tensor]:
-        fits = self.config.prediction_type in (*PREDICTIONS, "original_sample")
-        return rows.euler_columns(self.config.prediction_type, sigmas, *self._churn) if fits else []
+    def _made(self, host: Tensor, *given: Any) -> Plan:
+        plan = super()._made(host, *(given or NO_CHURN))
+        plan.given = given or NO_CHURN
+        return plan
 
-    def _table(self, columns: Sequence[Tensor]) -> Any:
-        return self._rows(columns)
+    def _columns(self, sigmas: Tensor, *given: Any) -> list[Tensor]:
+        fits = self.config.prediction_type in (*PREDICTIONS, "original_sample")
+        return rows.euler_columns(self.config.prediction_type, sigmas, *given) if fits else []
 
 
 class FusedEulerAncestralDiscreteScheduler(_FusedEuler, EulerAncestralDiscreteScheduler):
@@ -151,8 +146,8 @@ class FusedEulerAncestralDiscreteScheduler(_FusedEuler, EulerAncestralDiscreteSc
         m, x = model_output, sample
         plan, at, row = self._row(m, timestep, x)
         if row is not None and self._kernel_takes(plan, at, m, x):
-            past = [self._drawn(m, m.dtype, at, generator)] if self._seeds is None else []
-            prev, x0 = self._as_stock(*self._step_by_kernel(plan, at, m, x, past, False), m)
+            z = self._torchs(m, m.dtype, generator)
+            prev, x0 = self._as_stock(*self._step_by_kernel(plan, at, m, x, z=z), m)
         elif row is not None and self._eager(m, x):
             prev, x0 = self._euler(row, m, x.to(torch.float32))
             prev.add_(self._drawn(m, m.dtype, at, generator).mul_(row[3]))
@@ -162,10 +157,11 @@ class FusedEulerAncestralDiscreteScheduler(_FusedEuler, EulerAncestralDiscreteSc
         out = EulerAncestralDiscreteSchedulerOutput
         return out(prev_sample=prev, pred_original_sample=x0) if return_dict else (prev, x0)
 
-    def _columns(self, sigmas: Tensor) -> list[Tensor]:
+    def _columns(self, sigmas: Tensor, *given: Any) -> list[Tensor]:
         kind = self.config.prediction_type
         return rows.ancestral_columns(kind, sigmas) if kind in ("epsilon", "v_prediction") else []
 
     def _table(self, columns: Sequence[Tensor]) -> Any:
-        up = columns[3].double().numpy()
-        return self._rows(columns, x_h1=up, x_z=up)
+        table = super()._table(columns)
+        table[:-1, col.X_Z] = columns[3].numpy()
+        return table

@@ -12,8 +12,9 @@ from diffusers.schedulers.scheduling_heun_discrete import HeunDiscreteScheduler,
 from torch import Tensor
 
 from . import _diffusers_rows as rows
-from ._diffusers_plan import PREDICTIONS
-from ._diffusers_sigmas import FusedSigmas, SigmaPlan
+from ._diffusers_fused import as_stock
+from ._diffusers_plan import PREDICTIONS, Plan
+from ._diffusers_sigmas import FusedSigmas
 
 
 class FusedHeunDiscreteScheduler(FusedSigmas, HeunDiscreteScheduler):
@@ -23,6 +24,7 @@ class FusedHeunDiscreteScheduler(FusedSigmas, HeunDiscreteScheduler):
     keeps it, in `prev_derivative`, `dt` and `sample`; but the kernel leaves x0, not the derivative.
     """
 
+    _hooks = ("state_in_first_order",)
     _first: tuple[int, Tensor] | None = None  # where the kernel did Euler's step, and its x0
     prev_derivative: Any
     dt: Any
@@ -69,19 +71,18 @@ class FusedHeunDiscreteScheduler(FusedSigmas, HeunDiscreteScheduler):
         self.prev_derivative = self.dt = self.sample = None
         return prev, x0
 
-    def _half_by_kernel(self, plan: SigmaPlan, at: int, m: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _half_by_kernel(self, plan: Plan, at: int, m: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """(x', x0) of one call."""
-        clip, both = self.config.clip_sample, torch.promote_types(m.dtype, x.dtype)
+        kind = self.config.prediction_type
         if self._first is None:
-            prev, x0 = self._step_by_kernel(plan, at, m, x, [], clip)
+            prev, x0 = self._step_by_kernel(plan, at, m, x)
             self._first, self.dt, self.sample = (at, x0), plan.row(at)[2], x
         else:
-            prev, x0 = self._step_by_kernel(plan, len(plan.rows) + at, m, x, [self.sample, self._first[1]], clip)
-            prev = prev.to(torch.promote_types(both, self.sample.dtype))
+            prev, x0 = self._step_by_kernel(plan, len(plan.rows) + at, m, x, [self.sample, self._first[1]])
             self._first = self.dt = self.sample = None
-        return prev.to(both), x0.to(m.dtype if self.config.prediction_type == "sample" else both)
+        return as_stock(prev, x0, m, x, kind)
 
-    def _kernel_takes_half(self, plan: SigmaPlan, at: int, m: Tensor, x: Tensor) -> bool:
+    def _kernel_takes_half(self, plan: Plan, at: int, m: Tensor, x: Tensor) -> bool:
         if self.dt is None:
             self._first = None
             return self._kernel_takes(plan, at, m, x)
@@ -100,12 +101,12 @@ class FusedHeunDiscreteScheduler(FusedSigmas, HeunDiscreteScheduler):
             self._first = None
         return self.prev_derivative
 
-    def _made(self, host: Tensor) -> SigmaPlan:
+    def _made(self, host: Tensor, *given: Any) -> Plan:
         sigmas, kind = self.sigmas.cpu(), self.config.prediction_type
-        fits = kind in PREDICTIONS
-        columns = rows.sigma_columns(kind, sigmas[:-1], sigmas[:-1], sigmas[1:]) if fits else []
-        table = partial(self._table, columns) if fits else None
-        return SigmaPlan(self.timesteps, host, columns, table, self._seen())
+        if kind not in PREDICTIONS or self._replaced():
+            return self._plan_of(host)
+        columns = rows.sigma_columns(kind, sigmas[:-1], sigmas[:-1], sigmas[1:])
+        return self._plan_of(host, columns, table=partial(self._table, columns))
 
     def _table(self, columns: Sequence[Tensor]) -> Any:
         """The kernel's table: rows of Euler's steps, and behind them, of their corrections.

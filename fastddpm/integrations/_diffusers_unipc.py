@@ -13,10 +13,11 @@ from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from torch import Tensor
 
 from . import _diffusers_rows as rows
-from ._diffusers_plan import EXACT, PREDICTIONS, Fused, Plan
+from ._diffusers_fused import Counted
+from ._diffusers_plan import EXACT, PREDICTIONS, Plan
 
 
-class FusedUniPCMultistepScheduler(Fused, UniPCMultistepScheduler):
+class FusedUniPCMultistepScheduler(Counted, UniPCMultistepScheduler):
     """diffusers' `UniPCMultistepScheduler` with a fused step (arXiv 2302.04867, algorithms 1-2); the same config.
 
     Orders 1 to 3; diffusers itself does the others, and `solver_p`. No noise is drawn.
@@ -25,9 +26,10 @@ class FusedUniPCMultistepScheduler(Fused, UniPCMultistepScheduler):
     last_sample: Any  # these are of diffusers' class
     this_order: Any
     timestep_list: Any
+    model_outputs: Any
+    _threshold_sample: Any
 
     _hooks = ("convert_model_output", "multistep_uni_p_bh_update", "multistep_uni_c_bh_update")
-    _plans: tuple[Plan, ...] = ()  # one for each order
 
     def set_timesteps(
         self,
@@ -38,24 +40,7 @@ class FusedUniPCMultistepScheduler(Fused, UniPCMultistepScheduler):
     ) -> None:
         """Set the time steps, as diffusers does, and compute their coefficients."""
         super().set_timesteps(num_inference_steps, device if self.solver_p else None, sigmas, mu)
-        host = self.timesteps.tolist()
-        self.timesteps = self.timesteps.to(device)
-        self._plans = self._made(host)
-
-    def index_for_timestep(self, timestep: Any, schedule_timesteps: Tensor | None = None) -> int:
-        """The index of a time step, as diffusers has it: where it is there twice, the second."""
-        if self.num_inference_steps is None or (
-            schedule_timesteps is not None and schedule_timesteps is not self.timesteps
-        ):
-            return super().index_for_timestep(timestep, schedule_timesteps)
-        plan = self._planned()[0]
-        at = plan.locate(timestep)
-        return super().index_for_timestep(timestep) if at is None else plan.positions[plan.host[at]][:2][-1]
-
-    @torch.compiler.disable
-    def _init_step_index(self, timestep: Any) -> None:
-        """Where a trajectory starts. (Compiled code stops here, unless `set_begin_index` was called.)"""
-        self._step_index = self.index_for_timestep(timestep)
+        self._started(device)
 
     def step(
         self,
@@ -67,12 +52,8 @@ class FusedUniPCMultistepScheduler(Fused, UniPCMultistepScheduler):
         """The previous sample, as diffusers' step, with the same arguments, results and errors."""
         if self.num_inference_steps is None:
             return super().step(model_output, timestep, sample, return_dict)  # raises
-        if self._step_index is None:
-            if self._begin_index is None:
-                self._init_step_index(timestep)
-            else:
-                self._step_index = self._begin_index
-        m, x, at, order = model_output, sample, self._step_index, self._order()
+        m, x, at = model_output, sample, self._at(timestep)
+        order = self._order()
         correct = at > 0 and at - 1 not in self.disable_corrector and self.last_sample is not None
         plan, before = self._plans_of(order, correct)
         past = self.model_outputs[::-1][: max(order - 1, self.this_order if correct else 0)]
@@ -82,10 +63,10 @@ class FusedUniPCMultistepScheduler(Fused, UniPCMultistepScheduler):
         if self._kernel_takes(plan, at, m, x) and (before is None or before.finite(at + 2 * len(before.rows))):
             prev, converted, x = self._by_kernel(plan, before, order, m, x)
         elif all(v.dtype == x.dtype for v in given) and x.dtype in EXACT:
-            converted = self._converted(plan.rows[at], m, x)
+            converted = self._converted(plan.row(at), m, x)
             if before is not None:
-                x = _corrected(before.rows[at - 1], self.last_sample, converted, past[: self.this_order])
-            prev = _predicted(plan.rows[at], x, [converted, *past[: order - 1]])
+                x = _corrected(before.row(at - 1), self.last_sample, converted, past[: self.this_order])
+            prev = _predicted(plan.row(at), x, [converted, *past[: order - 1]])
         else:
             return self._by_diffusers(m, timestep, x, return_dict)
         self.model_outputs = [*self.model_outputs[1:], converted]
@@ -97,7 +78,7 @@ class FusedUniPCMultistepScheduler(Fused, UniPCMultistepScheduler):
 
     def _plans_of(self, order: int, correct: bool) -> tuple[Plan | None, Plan | None]:
         """The plans of this step's predictor and, where there is to be one, corrector; no first: diffusers is asked."""
-        at, plans = self._step_index, self._planned()
+        at, plans = self._step_index, self._planned().orders
         highest = max(order, self.this_order if correct else 0)
         if self.solver_p or order < 1 or highest > len(plans) or not 0 <= at < len(plans[0].rows):
             return None, None
@@ -118,7 +99,7 @@ class FusedUniPCMultistepScheduler(Fused, UniPCMultistepScheduler):
         order: int = min(config.solver_order, left) if config.lower_order_final else config.solver_order
         return min(order, self.lower_order_nums + 1)
 
-    def _converted(self, row: Sequence[float], m: Tensor, x: Tensor) -> Tensor:
+    def _converted(self, row: Sequence[Any], m: Tensor, x: Tensor) -> Tensor:
         """What the solver works with: x0, or the noise; a fresh tensor."""
         kind, alpha, sigma = self.config.prediction_type, row[0], row[1]
         if not self.predict_x0:
@@ -136,27 +117,18 @@ class FusedUniPCMultistepScheduler(Fused, UniPCMultistepScheduler):
     def _by_kernel(self, plan: Plan, before: Plan | None, order: int, m: Tensor, x: Tensor) -> tuple[Tensor, ...]:
         """(x', converted, corrected x), the last two in float32: one launch of the kernel to predict, one to correct.
 
-        A row has room for three more tensors: the corrector of order 3 adds its fourth, the last sample, by itself.
+        A row has room for three more tensors and for noise, of which there is none: there goes the last sample.
         """
         outputs, dtype, row = self.model_outputs[::-1], x.dtype, self._step_index
         if before is not None:
-            n, few = len(before.rows), self.this_order < 3
-            past = [*outputs[: self.this_order], *([self.last_sample] if few else [])]
-            x, m = self._step_by_kernel(before, row + 2 * n, m, x, past, False)
-            x = x if few else x.add_(self.last_sample, alpha=before.rows[row - 1][2])
+            n = len(before.rows)
+            x, m = self._step_by_kernel(before, row + 2 * n, m, x, outputs[: self.this_order], self.last_sample)
             row += n  # where the model's output is taken as it is
-        prev, converted = self._step_by_kernel(plan, row, m, x, outputs[: order - 1], False)
+        prev, converted = self._step_by_kernel(plan, row, m, x, outputs[: order - 1])
         return prev.to(dtype), converted, x
 
-    def _planned(self) -> tuple[Plan, ...]:
-        if not self._plans or not self._plans[0].made_from(*self._seen()):
-            plans = self._plans
-            known = plans and plans[0].knows(self.timesteps)
-            self._plans = self._made(plans[0].host if known else self.timesteps.tolist())
-        return self._plans
-
     def _seen(self) -> tuple[Any, ...]:
-        return self._internal_dict, self.timesteps, self.sigmas, self.predict_x0
+        return *super()._seen(), self.predict_x0
 
     def _fits(self) -> bool:
         """Whether there are rows for this config; diffusers does the others."""
@@ -164,20 +136,20 @@ class FusedUniPCMultistepScheduler(Fused, UniPCMultistepScheduler):
         kinds = (*PREDICTIONS, "flow_prediction") if self.predict_x0 else PREDICTIONS
         return config.prediction_type in kinds and config.solver_order in (1, 2, 3) and not self._replaced()
 
-    def _made(self, host: list[int]) -> tuple[Plan, ...]:
-        config, seen = self.config, self._seen()
+    def _made(self, host: Tensor, *given: Any) -> Plan:
+        config, plans = self.config, []
         if not self._fits() or len(self.sigmas) != len(host) + 1:
-            return (Plan(self.timesteps, host, [], [], None, seen),)
+            return self._plan_of(host)
         sigmas = self.sigmas.cpu()
         alpha, sigma = self._sigma_to_alpha_sigma_t(sigmas)
         own = [alpha[:-1], (sigmas if config.prediction_type == "flow_prediction" else sigma)[:-1]]
-        plans = []
         for order in range(1, config.solver_order + 1):
             steps, exists = rows.unipc_columns(alpha, sigma, order, self.predict_x0, config.solver_type)
             columns = [*own, *steps]
             table = None if config.thresholding else partial(self._table, order, columns)
-            plans.append(Plan(self.timesteps, host, columns, exists.tolist(), table, seen))
-        return tuple(plans)
+            plans.append(self._plan_of(host, columns, exists.tolist(), table))
+        plans[0].orders = tuple(plans)
+        return plans[0]
 
     def _table(self, order: int, columns: Sequence[Tensor]) -> Any:
         """The kernel's table: n rows that predict, n that do so from converted outputs, n that correct."""
@@ -192,7 +164,7 @@ class FusedUniPCMultistepScheduler(Fused, UniPCMultistepScheduler):
             last = -d1 * q[-1]
             predict = {"x_x": x, "x_x0": -d0 - sum(ahead)} | {f"x_h{i}": v for i, v in enumerate(ahead, 1)}
             correct = {"x_x0": last, "x_h1": -d0 - sum(back) - last} | {f"x_h{i}": v for i, v in enumerate(back, 2)}
-        correct |= {f"x_h{order + 1}": x} if order < 3 else {}
+        correct["x_z"] = x
         given = {"x0_x": [x0_x, none, x0_x], "x0_m": [x0_m, one, x0_m]}
         for name in (*predict, *(set(correct) - set(predict))):  # the interval behind a step is what it corrects
             ours = predict.get(name, none)
@@ -200,27 +172,27 @@ class FusedUniPCMultistepScheduler(Fused, UniPCMultistepScheduler):
         return rows.table(3 * len(a), **{name: np.concatenate(v) for name, v in given.items()})
 
 
-def _predicted(row: Sequence[float], x: Tensor, past: Sequence[Tensor]) -> Tensor:
+def _predicted(row: Sequence[Any], x: Tensor, past: Sequence[Tensor]) -> Tensor:
     """x' from x and the predictions, this step's first, by diffusers' operations in their order."""
     made, d1, (r, p, _) = _started(row, x, past)
     return made.sub_(_sum(past, r, p).mul_(d1)) if r else made
 
 
-def _corrected(row: Sequence[float], last: Tensor, new: Tensor, past: Sequence[Tensor]) -> Tensor:
+def _corrected(row: Sequence[Any], last: Tensor, new: Tensor, past: Sequence[Tensor]) -> Tensor:
     """x corrected, from the sample, the predictions (`past`) and the row of the step before, and the new prediction."""
     made, d1, (r, _, q) = _started(row, last, past)
     change = (new - past[0]).mul_(q[-1])
     return made.sub_((_sum(past, r, q[:-1]).add_(change) if r else change).mul_(d1))
 
 
-def _started(row: Sequence[float], x: Tensor, past: Sequence[Tensor]) -> tuple[Tensor, float, list[Sequence[float]]]:
+def _started(row: Sequence[Any], x: Tensor, past: Sequence[Tensor]) -> tuple[Tensor, Any, list[Sequence[Any]]]:
     """The first-order part of a step, d1, and (r, p, q)."""
     _, _, c, d0, d1, *rest = row
     k = len(past) - 1
     return (x * c).sub_(past[0] * d0), d1, [rest[:k], rest[k : 2 * k], rest[2 * k :]]
 
 
-def _sum(past: Sequence[Tensor], r: Sequence[float], weights: Sequence[float]) -> Tensor:
+def _sum(past: Sequence[Tensor], r: Sequence[Any], weights: Sequence[Any]) -> Tensor:
     """sum(weights_i D_i) over D_i = (m_i - m_0) / r_i; two on the CPU by the matrix product of diffusers' einsum."""
     differences = [(m - past[0]).div_(node) for m, node in zip(past[1:], r, strict=True)]
     if len(differences) == 1:
@@ -228,4 +200,5 @@ def _sum(past: Sequence[Tensor], r: Sequence[float], weights: Sequence[float]) -
     if past[0].device.type != "cpu":
         return differences[0].mul_(weights[0]).add_(differences[1].mul_(weights[1]))
     both = torch.stack(differences).reshape(1, 2, -1)
-    return torch.bmm(torch.tensor(weights, dtype=both.dtype).view(1, 1, 2), both).view(past[0].shape)
+    both_weights = both.new_tensor(weights) if torch.compiler.is_compiling() else torch.stack(list(weights))
+    return torch.bmm(both_weights.to(both.dtype).view(1, 1, 2), both).view(past[0].shape)

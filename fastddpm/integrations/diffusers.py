@@ -25,10 +25,12 @@ from ..errors import InputError
 from . import _diffusers_rows as rows
 from ._diffusers_dpm import FusedDPMSolverMultistepScheduler
 from ._diffusers_euler import FusedEulerAncestralDiscreteScheduler, FusedEulerDiscreteScheduler
+from ._diffusers_fused import as_stock
 from ._diffusers_heun import FusedHeunDiscreteScheduler
 from ._diffusers_lcm import FusedLCMScheduler
-from ._diffusers_plan import EXACT, LEARNED, PREDICTIONS, Fused, Plan
+from ._diffusers_plan import LEARNED, PREDICTIONS, Plan
 from ._diffusers_unipc import FusedUniPCMultistepScheduler
+from ._diffusers_vp import FusedVP
 
 __all__ = [
     "FusedDDIMScheduler",
@@ -42,42 +44,9 @@ __all__ = [
     "SchedulerMixin",  # a pipeline's folder is loaded only through a module that has this name
 ]
 
-FusedDPMSolverMultistepScheduler.__module__ = __name__  # where a saved pipeline looks for it
-FusedLCMScheduler.__module__ = FusedUniPCMultistepScheduler.__module__ = __name__
-FusedEulerDiscreteScheduler.__module__ = FusedEulerAncestralDiscreteScheduler.__module__ = __name__
-FusedHeunDiscreteScheduler.__module__ = __name__
 
-
-class _FusedVP(Fused):
-    """DDPM and DDIM: what they have in common."""
-
-    def _planned(self, eta: float = 0.0) -> Plan:
-        """The plan of the time steps as they are now."""
-        raise NotImplementedError
-
-    def _host(self) -> list[int]:
-        """The time steps' values, read from a device only where somebody else has set them."""
-        plan = self._plan
-        return plan.host if plan is not None and plan.knows(self.timesteps) else self.timesteps.tolist()
-
-    def _seen(self) -> tuple[Any, ...]:
-        return self._internal_dict, self.timesteps, self.alphas_cumprod, self.num_inference_steps
-
-    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """q(x_t | x_0), as diffusers has it."""
-        return self._moving("add_noise", original_samples, noise, timesteps)
-
-    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) sample, as diffusers has it."""
-        return self._moving("get_velocity", sample, noise, timesteps)
-
-    def _moving(self, name: str, *args: Tensor) -> Tensor:
-        """Call diffusers' method, which moves `alphas_cumprod` to the samples' device: the plan stays."""
-        before = self._seen()
-        made: Tensor = getattr(super(), name)(*args)
-        if self._plan is not None and self._plan.made_from(*before):
-            self._plan.seen = self._seen()
-        return made
+class _ByTime(FusedVP):
+    """DDPM and DDIM, which know a step by its time step alone."""
 
     def _found(self, plan: Plan, timestep: Any) -> tuple[int, Any, Any]:
         """(index, time step, row): the row is None where diffusers is to be asked.
@@ -90,38 +59,10 @@ class _FusedVP(Fused):
                 raise InputError("counter-based noise in compiled code needs time steps that are ints, not tensors")
             return 0, timestep, plan.row_of(timestep) if all(plan.rows) else None
         at = plan.locate(timestep)
-        return (0, timestep, None) if at is None else (at, plan.host[at], plan.rows[at])
-
-    def _x0(self, row: Sequence[Any], m: Tensor, x: Tensor) -> Tensor:
-        """The predicted clean sample, limited, by diffusers' operations in their order; a fresh tensor."""
-        config, (a, b, *_) = self.config, row
-        if config.prediction_type == "epsilon":
-            x0 = (x - m * b).div_(a)  # laid out as x, as there
-        elif config.prediction_type == "v_prediction":
-            x0 = x * a - m * b
-        else:
-            x0 = m.clone()
-        if config.thresholding:
-            return self._threshold_sample(x0)
-        return x0.clamp_(-config.clip_sample_range, config.clip_sample_range) if config.clip_sample else x0
-
-    def _plan_of(self, host: list[int], columns: Sequence[Tensor], exists: list[bool]) -> Plan:
-        """`Plan` of these columns; thresholding is not for the kernel."""
-        table = partial(self._table, columns) if any(exists) and not self.config.thresholding else None
-        return Plan(self.timesteps, host, columns, exists, table, self._seen())
-
-    def _table(self, columns: Sequence[Tensor]) -> Any:
-        """The columns as rows of the kernel's table."""
-        raise NotImplementedError
-
-    def _limits(self) -> dict[str, float]:
-        return {"clip": float(self.config.clip_sample_range)} if self.config.clip_sample else {}
-
-    def _eager(self, m: Tensor, x: Tensor) -> bool:
-        return m.dtype == x.dtype and m.dtype in EXACT and m.shape == x.shape and m.device == x.device
+        return (0, timestep, None) if at is None else (at, plan.host[at], plan.row(at))
 
 
-class FusedDDPMScheduler(_FusedVP, DDPMScheduler):
+class FusedDDPMScheduler(_ByTime, DDPMScheduler):
     """diffusers' `DDPMScheduler` with a fused step (Ho et al. 2020, algorithm 2); the same arguments and config."""
 
     _hooks = ("_get_variance", "previous_timestep")
@@ -134,9 +75,7 @@ class FusedDDPMScheduler(_FusedVP, DDPMScheduler):
     ) -> None:
         """Set the time steps, as diffusers does, and compute their coefficients."""
         super().set_timesteps(num_inference_steps, None, timesteps)
-        host = self.timesteps.tolist()
-        self.timesteps = self.timesteps.to(device)
-        self._plan = self._made(host)
+        self._started(device)
 
     def previous_timestep(self, timestep: Any) -> Any:
         """The time step behind this one (-1 behind the last), as diffusers has it; an int for an int."""
@@ -164,7 +103,8 @@ class FusedDDPMScheduler(_FusedVP, DDPMScheduler):
         if row is None or m.shape != x.shape:
             return self._stock(super().step, m, t, x, generator, return_dict)
         if not isinstance(t, Tensor) and self._kernel_takes(plan, at, m, x):
-            prev, x0 = self._by_kernel(plan, at, m, x, generator)
+            z = self._torchs(m, m.dtype, generator) if t > 0 else None
+            prev, x0 = as_stock(*self._step_by_kernel(plan, at, m, x, z=z), m, x, self.config.prediction_type)
         elif self._eager(m, x):
             x0 = self._x0(row, m, x)
             prev = (x0 * row[2]).add_(x * row[3])
@@ -174,30 +114,18 @@ class FusedDDPMScheduler(_FusedVP, DDPMScheduler):
             return self._stock(super().step, m, t, x, generator, return_dict)
         return DDPMSchedulerOutput(prev_sample=prev, pred_original_sample=x0) if return_dict else (prev, x0)
 
-    def _by_kernel(self, plan: Plan, at: int, m: Tensor, x: Tensor, generator: Any) -> tuple[Tensor, Tensor]:
-        torch_noise = plan.host[at] > 0 and self._seeds is None
-        past = [self._drawn(m, m.dtype, at, generator)] if torch_noise else []
-        prev, x0 = self._step_by_kernel(plan, at, m, x, past, self.config.clip_sample)
-        return _as_stock(prev, x0, m, x, self.config.prediction_type)
-
-    def _planned(self, eta: float = 0.0) -> Plan:
-        plan = self._plan
-        if plan is None or not plan.made_from(*self._seen()):
-            plan = self._plan = self._made(self._host())
-        return plan
-
     def _seen(self) -> tuple[Any, ...]:
         return *super()._seen(), self.variance_type, self.custom_timesteps
 
-    def _made(self, host: list[int]) -> Plan:
+    def _made(self, host: Tensor, *given: Any) -> Plan:
         config = self.config
         follows = self.custom_timesteps or self.num_inference_steps
-        prev = [*host[1:], -1] if follows else [t - 1 for t in host]
+        prev = torch.cat([host[1:], host.new_tensor([-1])]) if follows else host - 1
         at = rows.levels(self.alphas_cumprod.cpu(), host, prev, self.one.cpu())
-        columns = rows.ddpm_columns(at, config.variance_type, self.variance_type, torch.tensor(host, device="cpu") <= 0)
+        columns = rows.ddpm_columns(at, config.variance_type, self.variance_type, host <= 0)
         learned = {self.variance_type, config.variance_type} & {*LEARNED}
         fits = not learned and config.prediction_type in PREDICTIONS and not self._replaced()
-        plan = self._plan_of(host, columns, [fits and there for there in at.exists])
+        plan = self._plan_with_table(host, columns, [fits and there for there in at.exists])
         plan.index_by_time(columns)
         return plan
 
@@ -205,11 +133,11 @@ class FusedDDPMScheduler(_FusedVP, DDPMScheduler):
         a, b, c0, c1, sigma = (c.double().numpy() for c in columns)
         with np.errstate(divide="ignore", invalid="ignore"):
             x0_x, x0_m = rows.predicted(self.config.prediction_type, a, b)
-        given = dict(x0_x=x0_x, x0_m=x0_m, x_x=c1, x_x0=c0, x_h1=sigma, x_z=sigma)
+        given = dict(x0_x=x0_x, x0_m=x0_m, x_x=c1, x_x0=c0, x_z=sigma)
         return rows.table(len(a), **given, **self._limits())
 
 
-class FusedDDIMScheduler(_FusedVP, DDIMScheduler):
+class FusedDDIMScheduler(_ByTime, DDIMScheduler):
     """diffusers' `DDIMScheduler` with a fused step (Song et al. 2021, eq. 12); the same arguments and config."""
 
     _hooks = ("_get_variance",)
@@ -217,9 +145,7 @@ class FusedDDIMScheduler(_FusedVP, DDIMScheduler):
     def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None:
         """Set the time steps, as diffusers does, and compute their coefficients."""
         super().set_timesteps(num_inference_steps, None)
-        host = self.timesteps.tolist()
-        self.timesteps = self.timesteps.to(device)
-        self._plan = self._made(host, 0.0 if self._plan is None else self._plan.eta)
+        self._started(device)
 
     def step(
         self,
@@ -247,9 +173,8 @@ class FusedDDIMScheduler(_FusedVP, DDIMScheduler):
             return stock(m, t, x, *others)
         clipped, given = use_clipped_model_output, variance_noise is not None
         if not (clipped or given or isinstance(t, Tensor)) and self._kernel_takes(plan, at, m, x):
-            past = [self._drawn(m, m.dtype, at, generator)] if eta > 0 and self._seeds is None else []
-            prev, x0 = self._step_by_kernel(plan, at, m, x, past, self.config.clip_sample)
-            prev, x0 = _as_stock(prev, x0, m, x, self.config.prediction_type)
+            z = self._torchs(m, m.dtype, generator) if eta > 0 else None
+            prev, x0 = as_stock(*self._step_by_kernel(plan, at, m, x, z=z), m, x, self.config.prediction_type)
         elif self._eager(m, x):
             x0 = self._x0(row, m, x)
             prev = (x0 * row[2]).add_(self._noise_term(row, m, x, x0 if clipped else None))
@@ -268,26 +193,20 @@ class FusedDDIMScheduler(_FusedVP, DDIMScheduler):
             return (x - (m if clipped is None else clipped) * a).div_(b).mul_(direction)
         return m * direction if kind == "epsilon" else (m * a + x * b).mul_(direction)
 
-    def _planned(self, eta: float = 0.0) -> Plan:
-        plan = self._plan  # of threads with different etas, each keeps its own
-        if plan is None or eta != plan.eta or not plan.made_from(*self._seen()):
-            plan = self._plan = self._made(self._host(), eta)
-        return plan
-
     def _seen(self) -> tuple[Any, ...]:
         return *super()._seen(), self.final_alpha_cumprod
 
-    def _made(self, host: list[int], eta: float) -> Plan:
-        config, count = self.config, len(self.alphas_cumprod)
+    def _made(self, host: Tensor, *given: Any) -> Plan:
+        config, count, (eta,) = self.config, len(self.alphas_cumprod), given or (0.0,)
         back = config.num_train_timesteps // (self.num_inference_steps or config.num_train_timesteps)
         every = torch.arange(count, device="cpu")  # a step may begin at any
         at = rows.levels(self.alphas_cumprod.cpu(), every, every - back, self.final_alpha_cumprod)
         columns = rows.ddim_columns(at, eta)
         fits = config.prediction_type in PREDICTIONS and not self._replaced()
-        exists = [fits and 0 <= t < count and t - back < count for t in host]
-        places = torch.tensor(host, device="cpu").clamp(0, count - 1)
-        plan = self._plan_of(host, [c[places] for c in columns], exists)
-        plan.eta = eta
+        exists = [fits and 0 <= t < count and t - back < count for t in host.tolist()]
+        places = host.clamp(0, count - 1)
+        plan = self._plan_with_table(host, [c[places] for c in columns], exists)
+        plan.given = (eta,)
         plan.index_by_time(columns, every)
         return plan
 
@@ -296,11 +215,9 @@ class FusedDDIMScheduler(_FusedVP, DDIMScheduler):
         with np.errstate(divide="ignore", invalid="ignore"):
             (x0_x, x0_m), (eps_x, eps_m) = rows.predicted(kind, a, b), rows.predicted_noise(kind, a, b)
             x_x, x_m = direction * eps_x, direction * eps_m
-        given = dict(x0_x=x0_x, x0_m=x0_m, x_x=x_x, x_m=x_m, x_x0=a_prev, x_h1=sigma, x_z=sigma)
+        given = dict(x0_x=x0_x, x0_m=x0_m, x_x=x_x, x_m=x_m, x_x0=a_prev, x_z=sigma)
         return rows.table(len(a), **given, **self._limits())
 
 
-def _as_stock(prev: Tensor, x0: Tensor, m: Tensor, x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """(prev, x0) in the dtypes that diffusers' arithmetic gives them."""
-    both = torch.promote_types(m.dtype, x.dtype)
-    return prev.to(both), x0.to(m.dtype if kind == "sample" else both)
+for _name in __all__[:-1]:
+    globals()[_name].__module__ = __name__  # where a saved pipeline looks for it
