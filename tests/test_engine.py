@@ -1,0 +1,289 @@
+"""The UNet engine: its plan, its time rows, and what it computes, against the module in float64."""
+
+import copy
+import re
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastddpm import NoiseSchedule, Sampler, UNet, engine, solvers
+from fastddpm.engine import on_torch
+from fastddpm.engine.lowering import lower, uses
+from fastddpm.engine.operations import Attention, Conv, Norm
+from fastddpm.engine.plan import Plan
+from fastddpm.errors import InputError
+from fastddpm.pretrained import DEFAULT
+from fastddpm.unet_config import UNetConfig
+
+CIFAR = UNetConfig(
+    sample_size=32,
+    block_out_channels=(128, 256, 256, 256),
+    down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    attention_head_dim=None,
+    downsample_padding=0,
+    flip_sin_to_cos=False,
+    freq_shift=1,
+    norm_eps=1e-6,
+)
+
+
+@st.composite
+def configs(draw) -> UNetConfig:
+    """Small networks of every kind that the config allows."""
+    levels = draw(st.integers(1, 3))
+    widths = tuple(8 * draw(st.integers(1, 3)) for _ in range(levels))
+    attends = [draw(st.booleans()) for _ in range(levels)]
+    return UNetConfig(
+        sample_size=2 ** (levels - 1) * draw(st.sampled_from([1, 2, 3])),
+        in_channels=draw(st.integers(1, 4)),
+        out_channels=draw(st.integers(1, 4)),
+        center_input_sample=draw(st.booleans()),
+        block_out_channels=widths,
+        down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
+        up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)),
+        layers_per_block=draw(st.integers(1, 2)),
+        mid_block_scale_factor=draw(st.sampled_from([1.0, 1.4142])),
+        downsample_padding=draw(st.integers(0, 1)),
+        attention_head_dim=draw(st.sampled_from([None, 4, 8])),
+        norm_num_groups=draw(st.sampled_from([1, 4, 8])),
+        attn_norm_num_groups=draw(st.sampled_from([None, 2])),
+        resnet_time_scale_shift=draw(st.sampled_from(["default", "scale_shift"])),
+        add_attention=draw(st.booleans()),
+        num_class_embeds=draw(st.sampled_from([None, 5])),
+    )
+
+
+def made(config: UNetConfig, seed: int = 0) -> UNet:
+    """A network with weights of size 1, so that each of its parts counts."""
+    torch.manual_seed(seed)
+    net = UNet(config).eval().requires_grad_(False)
+    for name, parameter in net.named_parameters():
+        if "norm" in name:
+            parameter.copy_(torch.randn_like(parameter) * 0.3 + (1.0 if name.endswith("weight") else 0.0))
+    return net
+
+
+def inputs(config: UNetConfig, batch: int = 3, size: int | None = None):
+    size = size or config.sample_size
+    x = torch.randn(batch, config.in_channels, size, size, generator=torch.Generator().manual_seed(1))
+    labels = None if config.num_class_embeds is None else torch.arange(batch) % config.num_class_embeds
+    return x, torch.tensor([999, 0, 17])[:batch], labels
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+@given(config=configs())
+def test_it_is_the_module(config):
+    net = made(config)
+    x, t, labels = inputs(config)
+    exact = copy.deepcopy(net).double()
+    truth = exact(x.double(), t, labels)
+    fast = engine.compile(exact, batch=3, dtype=torch.float64)(x.double(), t, labels)
+    assert (fast - truth).abs().max() <= 1e-12 * (1 + truth.abs().max())
+    eager = copy.deepcopy(net).bfloat16()(x.bfloat16(), t, labels).double() - truth
+    low = engine.compile(net, batch=3, dtype=torch.bfloat16)(x, t, labels)
+    assert low.dtype == torch.bfloat16
+    assert (low.double() - truth).square().mean().sqrt() <= 2 * eager.square().mean().sqrt() + 2**-8
+
+
+@pytest.mark.parametrize("size", [4, 8, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_resolution_and_batch(size, dtype):
+    config = UNetConfig(
+        sample_size=8,
+        block_out_channels=(16, 24),
+        norm_num_groups=8,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )
+    net = made(config)
+    fast = engine.compile(net, batch=2, dtype=dtype)
+    for batch in (1, 3):
+        x, t, _ = inputs(config, batch, size)
+        truth = copy.deepcopy(net).double()(x.double(), t)
+        eager = copy.deepcopy(net).to(dtype)(x.to(dtype), t).double() - truth
+        assert (fast(x, t).double() - truth).abs().max() <= 3 * eager.abs().max() + 1e-6
+
+
+def test_a_sample_does_not_depend_on_its_slot_and_runs_are_equal():
+    net = made(CIFAR)
+    fast = engine.compile(net, batch=4)
+    x, t = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(2)), torch.tensor([5, 999, 5, 300])
+    first = fast(x, t)
+    assert torch.equal(fast(x, t), first)
+    order = torch.tensor([2, 0, 3, 1])
+    assert torch.equal(fast(x[order], t[order]), first[order])
+
+
+def test_the_plan_of_the_cifar_network():
+    plan = Plan.of(CIFAR, 64, 32, 32, 2)
+    net = UNet(CIFAR)
+    time = sum(p.numel() for name, p in net.named_parameters() if "time_emb" in name)
+    assert plan.weights + time == CIFAR.num_parameters
+    with FlopCounterMode(display=False) as counter:
+        net(torch.zeros(1, 3, 32, 32), torch.zeros(1))
+    saved = sum(  # an upsampling convolution sees 4 and not 9 positions
+        2 * 5 * op.channels_in * op.out.elements for op in plan.lowered.operations if isinstance(op, Conv) and op.up
+    )
+    rest = sum(op.flops for op in plan.lowered.operations if isinstance(op, Norm | Attention))  # torch counts neither
+    per_forward = counter.get_total_flops() - 2 * time  # the time path
+    assert plan.flops - rest + saved == pytest.approx(per_forward, rel=2e-3)
+    assert plan.launches == 121
+    assert plan.bytes_moved <= 38e6  # modelled; eager PyTorch: 93 MB
+
+
+def test_two_values_that_are_needed_at_once_share_no_memory():
+    for config in (
+        CIFAR,
+        UNetConfig(
+            sample_size=16,
+            block_out_channels=(8, 16),
+            norm_num_groups=4,
+            down_block_types=("DownBlock2D",) * 2,
+            up_block_types=("UpBlock2D",) * 2,
+        ),
+    ):
+        plan = Plan.of(config, 5, config.sample_size, config.sample_size, 2)
+        lives = list(uses(plan.lowered))
+        assert len(lives) == len(plan.lowered.operations)
+        for i, (a, first, last) in enumerate(lives):
+            size = 5 * 2 * a.elements
+            assert plan.offsets[a.index] % 256 == 0
+            assert plan.offsets[a.index] + size <= plan.memory
+            for b, other_first, other_last in lives[:i]:
+                if first <= other_last and other_first <= last:  # an operation may not write what it reads
+                    start, end = plan.offsets[a.index], plan.offsets[a.index] + size
+                    other = plan.offsets[b.index]
+                    assert end <= other or other + 5 * 2 * b.elements <= start
+        assert plan.memory <= sum(5 * 2 * value.elements for value, _, _ in lives) / 3
+
+
+def test_each_value_is_made_before_it_is_read():
+    lowered = lower(CIFAR, 32, 32)
+    there = {lowered.given.index}
+    for operation in lowered.operations:
+        assert {value.index for value in operation.reads} <= there
+        there.add(operation.out.index)
+
+
+def test_the_page():
+    net = made(
+        UNetConfig(
+            sample_size=8,
+            block_out_channels=(8, 16),
+            norm_num_groups=4,
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        )
+    )
+    page = repr(engine.compile(net, batch=2))
+    lines = page.splitlines()
+    assert len(lines) == int(re.search(r"(\d+) launches", lines[-1])[1]) + 2
+    assert all(len(line) <= 150 for line in lines)
+    assert "up_blocks.1.resnets.1.conv2" in page
+    assert "conv 3x3 + 1x1 shortcut" in page
+    assert "conv 3x3 of the doubled image" in page
+    assert "8 + 8" in page
+
+
+def test_the_time_rows_are_the_modules_own_bit_for_bit():
+    net = made(CIFAR)
+    fast = engine.compile(net, steps=50)
+    rows, names = fast.time_path.table, fast.plan.lowered.time_names
+    silu_emb = net.embedding(torch.arange(50), 50)
+    assert len(names) == 22
+    for name, columns in names.items():
+        assert torch.equal(rows[:, columns], net.get_submodule(name)(silu_emb)), name
+    t = torch.tensor([3, 49, 3])
+    assert torch.equal(fast.time_path(3, t, None), rows[t])
+
+
+@pytest.mark.parametrize("t", [50, 7.25, torch.tensor(7), torch.tensor([50, 1000]), torch.tensor([0.5, 30.0])])
+def test_time_steps_beyond_the_table(t):
+    net = made(
+        UNetConfig(
+            sample_size=4,
+            block_out_channels=(8,),
+            norm_num_groups=4,
+            down_block_types=("DownBlock2D",),
+            up_block_types=("UpBlock2D",),
+        )
+    )
+    x = inputs(net.config, 2)[0]
+    fast = engine.compile(net, steps=50, dtype=torch.float32)
+    assert (fast(x, t) - net(x, t)).abs().max() <= 1e-5
+
+
+def test_a_sampler_takes_it():
+    config = UNetConfig(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+        num_class_embeds=3,
+    )
+    net, table = made(config), solvers.ddim(NoiseSchedule.linear(), 5)
+    labels = {"class_labels": torch.tensor([0, 2])}
+    for dtype, close in ((torch.float32, 1e-5), (torch.bfloat16, 0.02)):
+        fast = Sampler(engine.compile(net, dtype=dtype), table).sample((2, 1, 8, 8), seeds=0, model_kwargs=labels)
+        slow = Sampler(net, table).sample((2, 1, 8, 8), seeds=0, model_kwargs=labels)
+        assert (fast - slow).abs().max() <= close * slow.abs().max()
+
+
+def test_without_onednn(monkeypatch):
+    net = made(CIFAR)
+    x, t, _ = inputs(CIFAR, 1)
+    fast = engine.compile(net, dtype=torch.float32)(x, t)
+    monkeypatch.setattr(on_torch, "_has_onednn", lambda: False)
+    assert (engine.compile(net, dtype=torch.float32)(x, t) - fast).abs().max() <= 1e-5
+
+
+def test_the_weights_are_copies():
+    net = made(CIFAR)
+    fast = engine.compile(net, dtype=torch.float32)
+    x, t, _ = inputs(CIFAR, 1)
+    before = fast(x, t)
+    for parameter in net.parameters():
+        parameter.mul_(2.0)
+    assert torch.equal(fast(x, t), before)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"unet": torch.nn.Linear(2, 2)}, "the model is a Linear; needed: a fastddpm.UNet"),
+        ({"dtype": torch.int64}, "dtype is torch.int64; allowed: torch.bfloat16"),
+        ({"batch": 0}, "batch is 0; allowed: an integer of at least 1"),
+        ({"batch": True}, "batch is True"),
+        ({"steps": 2.5}, "steps is 2.5"),
+        ({"size": (5, 8)}, r"shape \(3, 5, 8\) does not fit this UNet"),
+    ],
+)
+def test_bad_arguments(change, words):
+    arguments = {"unet": UNet(CIFAR), "batch": 1} | change
+    with pytest.raises(InputError, match=words):
+        engine.compile(arguments.pop("unet"), **arguments)
+
+
+def test_bad_calls():
+    fast = engine.compile(made(CIFAR))
+    with pytest.raises(InputError, match="x has shape"):
+        fast(torch.zeros(3, 32, 32), 0)
+    with pytest.raises(InputError, match="does not fit this UNet"):
+        fast(torch.zeros(1, 3, 30, 32), 0)
+    with pytest.raises(InputError, match="not class-conditional"):
+        fast(torch.zeros(1, 3, 32, 32), torch.zeros(1).long(), torch.zeros(1).long())
+
+
+def test_the_shipped_weights():
+    net = UNet.from_pretrained(DEFAULT)
+    x, t, labels = inputs(net.config, 2)
+    fast = engine.compile(net, dtype=torch.float32)(x, t, labels)
+    assert (fast - net(x, t, labels)).abs().max() <= 1e-4
