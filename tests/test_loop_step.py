@@ -1,8 +1,13 @@
 """The step as a loop calls it: the same as `reverse_step_` and `advance_`, with its cursors in two buffers."""
 
+import inspect
+
 import pytest
 import torch
 from fastddpm_kernels import LoopStep, advance_, reference, reverse_step_, step_loop, step_registration
+from fastddpm_kernels import columns as col
+from fastddpm_kernels import constants as const
+from fastddpm_kernels.reverse_step_kernel import launch_reverse_step
 from helpers import DEVICE, Guarded, random_table
 from torch import Tensor
 
@@ -14,12 +19,14 @@ SHAPE, ROWS, BATCH = (3, 4, 6), 5, 3
 SEEDS = torch.tensor([5, -6, 2**50], device=DEVICE)
 
 
-@pytest.fixture(params=["cpu", "kernel"])
-def where(request, monkeypatch):
-    """The reference, and the kernel (interpreted where there is no GPU)."""
-    if request.param == "kernel":
+on_both = pytest.mark.parametrize("place", ["cpu", "kernel"])  # no fixture: the mutation test runs these too
+
+
+def device_of(place: str, monkeypatch) -> torch.device:
+    """Have `LoopStep` take the reference, or the kernel (interpreted where there is no GPU)."""
+    if place == "kernel":
         monkeypatch.setattr(step_loop, "inplace_step", lambda x: step_registration._reverse_step_inplace_cuda)
-    return torch.device("cpu") if request.param == "cpu" else torch.device(DEVICE)
+    return torch.device("cpu") if place == "cpu" else torch.device(DEVICE)
 
 
 def values(*shape: int, seed: int) -> Tensor:
@@ -68,9 +75,11 @@ def run(where, *, guided: bool, history: int, whole: bool, given: bool, loop: bo
     return [x, following, flags, *(v for pair in seen for v in pair)]
 
 
+@on_both
 @pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("guided, history, given", [(False, 0, False), (True, 3, False), (True, 1, True)])
-def test_it_is_reverse_step_and_advance(where, guided, history, given, whole):
+def test_it_is_reverse_step_and_advance(place, monkeypatch, guided, history, given, whole):
+    where = device_of(place, monkeypatch)
     options = dict(guided=guided, history=history, whole=whole, given=given)
     for a, b in zip(run(where, loop=True, **options), run(where, loop=False, **options), strict=True):
         assert a.dtype == b.dtype
@@ -80,8 +89,10 @@ def test_it_is_reverse_step_and_advance(where, guided, history, given, whole):
     assert t.tolist() == [0] * len(t)  # the identity row's
 
 
-def test_two_launches_read_and_write_different_cursors(where):
+@on_both
+def test_two_launches_read_and_write_different_cursors(place, monkeypatch):
     """A program of a sample may be late: the cursor that it reads is not written by those before it."""
+    where = device_of(place, monkeypatch)
     x = torch.zeros(1, 1, 32, 64, device=where)
     table, cursors = random_table(3, history=0).float().to(where), torch.zeros(2, 1, dtype=torch.int32, device=where)
     step = LoopStep(x, table, cursors, torch.zeros(1, device=where), SEEDS[:1].to(where), cursors[0].clone())
@@ -89,6 +100,30 @@ def test_two_launches_read_and_write_different_cursors(where):
     assert cursors.tolist() == [[0], [1]]
     step(x.clone())
     assert cursors.tolist() == [[2], [1]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bfloat16])
+@pytest.mark.parametrize("guided", [False, True])
+def test_the_first_of_several_programs_writes_what_is_next(guided, dtype):
+    """Two programs a sample, each cursor and time input between guards, and rows that advance by more than one."""
+    table = random_table(ROWS + 1, history=0).float()
+    table[:, col.ADVANCE] = torch.tensor([1.0, 4.0, 2.0, 1.0, 1.0, 0.0])
+    x, calls = values(BATCH, 3, 5, 7, seed=0).to(DEVICE), 2 * BATCH if guided else BATCH
+    assert const.chunk(105) > 16
+    cursor, following, t = (
+        torch.tensor([1, 2, ROWS], dtype=torch.int32, device=DEVICE),
+        Guarded((BATCH,), torch.int32),
+        Guarded((calls,), dtype),
+    )
+    options = {"guidance": torch.ones(BATCH, device=DEVICE)} if guided else {}
+    m, flags = values(calls, 3, 5, 7, seed=1).to(DEVICE), torch.zeros(BATCH, dtype=torch.int32, device=DEVICE)
+    buffers = dict(out=torch.empty_like(x), next_cursor=following.tensor, t=t.tensor)
+    launch_reverse_step(x, m, table, cursor, SEEDS, flags, **buffers, limited=True, noise=True, block=16, **options)
+    assert following.tensor.tolist() == [5, 4, 5]
+    assert t.tensor.tolist() == [0, 10, 0] * (2 if guided else 1)
+    assert cursor.tolist() == [1, 2, ROWS]
+    assert following.intact()
+    assert t.intact()
 
 
 @pytest.mark.parametrize(
@@ -100,6 +135,12 @@ def test_two_launches_read_and_write_different_cursors(where):
         ({"t": torch.zeros(4)}, r"t is .* needed: .*\(3,\)"),
         ({"t": torch.zeros(6)[::2]}, "not contiguous"),
         ({"seeds": torch.zeros(3)}, "seeds is torch.float32"),
+        ({"seeds": torch.zeros(6).long()[::2]}, "not contiguous"),
+        ({"seeds": None}, "seeds is a NoneType"),
+        ({"cursors": [[0, 0, 0], [0, 0, 0]]}, "cursors is a list"),
+        ({"cursors": torch.zeros(3, 3, dtype=torch.int32)}, r"cursors have shape \(3, 3\)"),
+        ({"t": 0}, "t is a int"),
+        ({"x": 0}, "x is a int"),
         ({"guidance": torch.ones(3)}, r"t is .* needed: .*\(6,\)"),
         ({"x": torch.zeros(3, 4)[:, ::2]}, "x is not contiguous"),
         ({"table": torch.zeros(3, 5)}, "table is"),
@@ -116,6 +157,13 @@ def test_bad_buffers(change, words):
     )
     with pytest.raises(ValueError, match=words):
         LoopStep(**{**good, **change})
+
+
+def test_its_options_and_their_defaults_are_those_of_reverse_step_():
+    ours, theirs = (inspect.signature(f).parameters for f in (LoopStep, reverse_step_))
+    for name in ours.keys() - {"cursors", "t"}:
+        assert ours[name].default == theirs[name].default, name
+    assert theirs.keys() - ours.keys() == {"model_output", "cursor"}
 
 
 def test_a_wrong_output_is_refused_and_moves_nothing():

@@ -80,6 +80,8 @@ def step(last: bool = False, everything: bool = True) -> None:
     buffers |= {"model_input": randn(samples, *SHAPE, last=last)}
     if everything:
         buffers |= {name: vector(1, 2, 3) for name in ("guidance", "rescale")} | {"bound": randn(BATCH, 2)}
+    buffers |= {"z": randn(BATCH, *SHAPE), "next_cursor": vector(0, 0, 0, dtype=torch.int32)}
+    buffers |= {"t": vector(*samples * [0], dtype=torch.int64)}
     options = dict(limited=True, noise=True, learned=everything, block=64)
     reverse_step_kernel.launch_reverse_step(x, m, walled(table), cursor, seeds, flags, **buffers, **options)
 
@@ -186,7 +188,7 @@ def launch(kernel: str, x: Tensor, m: Tensor, block: int | None) -> object:
         flags = dict(limited=True, noise=True)
         return reverse_step_kernel.launch_reverse_step(x, m, table, cursor, seeds, cursor, out=x, block=block, **flags)
     if kernel.startswith("reverse_step with"):
-        named = dict(h1=x, h2=x, h3=x, known=x, guidance=weights, learned=True)
+        named = dict(h1=x, h2=x, h3=x, known=x, z=x, guidance=weights, learned=True)
         read = {name: value for name, value in named.items() if name in kernel}
         if "known" in read:
             read["mask"] = x > 0
@@ -221,6 +223,8 @@ LAUNCHES = (  # kernel, block asked for, the model's dtype, channels_last, and w
     ("reverse_step with h1, learned", None, BF16, False, 1024, 4, 4),
     ("reverse_step with h1, known", None, BF16, False, 1024, 4, 4),
     ("reverse_step with guidance, learned", None, BF16, False, 1024, 4, 4),
+    ("reverse_step with h1, z", None, BF16, False, 1024, 4, 4),
+    ("reverse_step with h1, h2, z", None, BF16, False, 1024, 4, 8),
     ("reverse_step with h1, h2, known", None, BF16, False, 1024, 4, 8),
     ("reverse_step with h1, h2, h3", None, BF16, False, 1024, 4, 8),
     ("reverse_step with h1, h2, guidance", None, BF16, False, 1024, 4, 8),
