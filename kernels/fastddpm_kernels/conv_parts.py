@@ -1,0 +1,163 @@
+"""The halves of a convolution's kernel: the sum over taps and channels; what happens to it before it is stored."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def accumulate(
+    x,  # the sources and the weights: of the tile's first sample, of the phase
+    second,
+    weight,
+    shortcut_x,
+    shortcut_second,
+    shortcut_weight,
+    pixel,  # int32 [BLOCK_M], where the first tap lies
+    inside,  # int32 [BLOCK_M], bit t is set where tap t lies in the image
+    n,  # int32 [BLOCK_N]
+    start,
+    stop,  # steps of the sum
+    width,
+    c0,
+    c1,
+    s0,
+    s1,
+    columns,  # of the weights
+    KERNEL: tl.constexpr,
+    TWO: tl.constexpr,
+    SHORTCUT: tl.constexpr,
+    FLAT: tl.constexpr,
+    FULL_K: tl.constexpr,
+    FULL_N: tl.constexpr,
+    WIDE: tl.constexpr,  # multiply in float32: Triton's interpreter can't in bfloat16
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The sum over the steps start ... stop - 1: float32 [BLOCK_M, BLOCK_N].
+
+    A step is BLOCK_K channels of one source at one tap; or, FLAT, so many of taps x channels, where these are few.
+    """
+    TAPS: tl.constexpr = KERNEL * KERNEL
+    k = tl.arange(0, BLOCK_K)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    blocks0 = tl.cdiv(c0, BLOCK_K)
+    blocks = blocks0 + tl.cdiv(c1, BLOCK_K) if TWO else blocks0
+    tap = start // blocks
+    if SHORTCUT:
+        tap = tl.minimum(tap, TAPS)
+    block = start - tap * blocks
+    for step in range(start, stop):
+        if FLAT:
+            row = step * BLOCK_K + k
+            taps = row // c0
+            shift = taps // KERNEL * width + taps % KERNEL
+            a_ptr = x + (pixel[:, None] + shift[None, :]) * c0 + (row - taps * c0)[None, :]
+            real = row < TAPS * c0
+            there = (((inside[:, None] >> taps[None, :]) & 1) != 0) & real[None, :]
+            w_ptr = weight
+        else:
+            a_base, w_base, channels, at, row0 = x, weight, c0, block * BLOCK_K, tap * c0
+            shift = tap // KERNEL * width + tap % KERNEL
+            if TWO:
+                later = block >= blocks0
+                a_base = tl.where(later, second, x)
+                channels = tl.where(later, c1, c0)
+                at = tl.where(later, block - blocks0, block) * BLOCK_K
+                row0 = tap * (c0 + c1) + tl.where(later, c0, 0)
+            if SHORTCUT:
+                extra = tap == TAPS
+                s_blocks0 = tl.cdiv(s0, BLOCK_K)
+                s_later = block >= s_blocks0
+                a_base = tl.where(extra, tl.where(s_later, shortcut_second, shortcut_x), a_base)
+                w_base = tl.where(extra, shortcut_weight, weight)
+                channels = tl.where(extra, tl.where(s_later, s1, s0), channels)
+                at = tl.where(extra, tl.where(s_later, block - s_blocks0, block) * BLOCK_K, at)
+                row0 = tl.where(extra, tl.where(s_later, s0, 0), row0)
+                shift = tl.where(extra, KERNEL // 2 * (width + 1), shift)
+            row = row0 + at + k
+            real = at + k < channels
+            a_ptr = a_base + ((pixel + shift) * channels)[:, None] + (at + k)[None, :]
+            there = (((inside >> tap) & 1) != 0)[:, None]
+            if not FULL_K:
+                there = there & real[None, :]
+            w_ptr = w_base
+            block += 1
+            wrap = block == blocks
+            if SHORTCUT:
+                wrap = wrap & (tap < TAPS)
+            tap = tl.where(wrap, tap + 1, tap)
+            block = tl.where(wrap, 0, block)
+        a = tl.load(a_ptr, there, other=0.0)
+        w_ptr += row[:, None] * columns + n[None, :]
+        if FULL_K and FULL_N:
+            w = tl.load(w_ptr)
+        else:
+            w = tl.load(w_ptr, real[:, None] & (n < columns)[None, :], other=0.0)
+        if WIDE:
+            a, w = a.to(tl.float32), w.to(tl.float32)
+        acc = tl.dot(a, w, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def finish(
+    acc,  # float32 [BLOCK_M, BLOCK_N]
+    bias_ptr,
+    row_ptr,
+    residual_ptr,
+    out_ptr,
+    statistics_ptr,
+    sample,  # int64, the tile's first
+    first,  # its first row here
+    behind,  # [BLOCK_M], samples behind that one
+    pixel,  # [BLOCK_M], in the output, counted from that sample's beginning
+    column,  # the tile's first
+    batch,
+    pixels,  # rows a sample, of a phase
+    out_pixels,  # of a sample
+    cout,
+    scale,
+    phase,
+    ROW: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    SCALED: tl.constexpr,
+    ONE_SAMPLE: tl.constexpr,
+    PART: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Store (((acc + bias) + row) + residual) * scale, and the statistics of what is stored."""
+    n = column + tl.arange(0, BLOCK_N)
+    keep = (sample + behind < batch)[:, None] & (n < cout)[None, :]
+    acc += tl.load(bias_ptr + n, n < cout, other=0.0)[None, :]
+    if ROW:
+        rows = row_ptr + sample * cout
+        if ONE_SAMPLE:
+            acc += tl.load(rows + n, n < cout, other=0.0)[None, :]
+        else:
+            acc += tl.load(rows + (behind * cout)[:, None] + n[None, :], keep, other=0.0)
+    begin = sample * out_pixels * cout
+    at = (pixel * cout)[:, None] + n[None, :]
+    if RESIDUAL:
+        acc += tl.load(residual_ptr + begin + at, keep, other=0.0).to(tl.float32)
+    if SCALED:
+        acc *= scale
+    stored = acc.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + begin + at, stored, keep)
+    if PART > 0:
+        values = stored.to(tl.float32).reshape(BLOCK_M // PART, PART, BLOCK_N // GROUP, GROUP)
+        mean = tl.sum(tl.sum(values, 3), 1) * (1.0 / (PART * GROUP))  # a power of two: exact
+        away = values - mean[:, None, :, None]
+        squares = tl.sum(tl.sum(away * away, 3), 1)
+        r = first + tl.arange(0, BLOCK_M // PART) * PART
+        ahead = r // pixels
+        parts = out_pixels // PART
+        part = phase * (pixels // PART) + (r - ahead * pixels) // PART
+        group = column // GROUP + tl.arange(0, BLOCK_N // GROUP)
+        groups = cout // GROUP
+        to = statistics_ptr + (((sample + ahead) * parts + part) * groups * 2)[:, None] + (group * 2)[None, :]
+        written = (sample + ahead < batch)[:, None] & (group < groups)[None, :]
+        tl.store(to, mean, written)
+        tl.store(to + 1, squares, written)
