@@ -113,6 +113,7 @@ class Loop:
         elif not self._background:
             while self.step():
                 pass
+        self._slots.forget()
 
     # --- in the loop's thread -----------------------------------------------------------------------------------------
 

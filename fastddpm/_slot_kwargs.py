@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -68,6 +69,8 @@ class SlotKwargs:
 
 def _row(value: Any, like: Tensor | None = None) -> Tensor:
     """`value` as one sample's row, a copy; with `like`, on its device, of its shape and dtype or an `InputError`."""
+    if isinstance(value, np.generic):
+        value = value.item()
     if isinstance(value, Tensor):
         row = value.detach().clone()
     elif isinstance(value, bool | int | float):

@@ -144,6 +144,10 @@ class Slots:
             self._run = self._launcher()
         self._run()
 
+    def forget(self) -> None:
+        """Free the graph, and the memory that it holds; the next step is captured anew."""
+        self._run = None
+
     def take(self, slot: int) -> Taken:
         """A copy of a slot's sample, and whether all was finite."""
         sample = self._x[slot].clone()

@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -115,6 +116,7 @@ class InflightSampler:
                 guided=self._guided,
                 max_rows=MAX_ROWS,
             )
+        self._settle()
         self._tables, self._slots, self._background = made.tables, slots, background
         self._programs: RecentlyUsed[Program] = RecentlyUsed(MAX_PROGRAMS)
         self._making = threading.Lock()  # of the programs
@@ -153,7 +155,8 @@ class InflightSampler:
             A future, whose result is the sample, of `shape`, float32, on the sampler's device; yours to keep.
             ``await asyncio.wrap_future(future)`` works, and ``future.cancel()`` at any time before it is done: a
             request that is in the batch leaves it before the next step. (``future.running()`` is False until then.)
-            Its exception is a `NonFiniteError` where the sample became NaN or infinite.
+            Its exception is a `NonFiniteError` where the sample became NaN or infinite, what the model or `progress`
+            raised, or with graph=True a `GraphCaptureError`.
 
         Raises:
             ConfigError, InputError: for a solver, an option or an argument that isn't allowed.
@@ -170,8 +173,7 @@ class InflightSampler:
                 weight=self._weight(guidance_scale),
                 kwargs=self._kwargs.rows(model_kwargs),
             )
-        if self._device.type == "cuda":  # what was copied on the caller's stream is read on the loop's
-            torch.cuda.current_stream(self._device).synchronize()
+        self._settle()
         request = Request(Future(), start, seed, progress, start.program.table.num_rows)
         self._loop.put(request, timeout)
         return request.future
@@ -188,7 +190,7 @@ class InflightSampler:
     def close(self, wait: bool = True, cancel: bool = False) -> None:
         """Take no more requests, and finish those there are, or cancel them; `wait` until that is done.
 
-        A `submit` that waits for room raises. To close again does nothing.
+        Then the memory of the CUDA graph is free. A `submit` that waits for room raises. To close again does nothing.
         """
         self._loop.close(wait, cancel)
 
@@ -210,6 +212,11 @@ class InflightSampler:
         counts = self.counts
         return counts.occupied / max(1, counts.steps * self._slots)
 
+    def _settle(self) -> None:
+        """What was made on the caller's stream is read on the loop's."""
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+
     # --- what a request gives, checked --------------------------------------------------------------------------------
 
     def _program(
@@ -224,7 +231,9 @@ class InflightSampler:
             made = solvers.make(solver, self.schedule, steps, **options) if table is None else table
             return Program.of(made, self._device)
 
-        key: Hashable = table or (solver, steps, *sorted(options.items()))
+        key: Hashable = table
+        if table is None:  # with the types: True is no 1
+            key = (solver, steps, type(steps), *((name, type(v), v) for name, v in sorted(options.items())))
         try:
             hash(key)
         except TypeError:  # an option that is a list, or an array
@@ -255,6 +264,6 @@ class InflightSampler:
                 "guidance_scale is given to a sampler without guidance; make it with unconditional_kwargs, as "
                 '{"class_labels": 10} where 10 is the class that stands for "none"'
             )
-        if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+        if isinstance(scale, bool) or not isinstance(scale, int | float | np.number) or not math.isfinite(scale):
             raise InputError(f"guidance_scale is {scale!r}; allowed: None, or a finite number")
         return float(scale)

@@ -3,6 +3,7 @@
 import itertools
 import os
 import random
+import re
 import subprocess
 import sys
 import textwrap
@@ -45,9 +46,9 @@ def requests(n, *, guided=False):
     return asked
 
 
-@pytest.mark.parametrize("guided", [False, True])
-def test_two_hundred_requests_from_several_threads_are_those_alone(guided):
-    model, asked = Net(), requests(200, guided=guided)
+@pytest.mark.parametrize("n, guided", [(200, True), (60, False)])
+def test_two_hundred_requests_from_several_threads_are_those_alone(n, guided):
+    model, asked = Net(), requests(n, guided=guided)
     given = dict(model_kwargs=LABELS, unconditional_kwargs={"class_labels": NONE} if guided else None)
     futures, draw = [None] * len(asked), random.Random(1)
     pauses = [draw.random() * 2e-3 if draw.random() < 0.3 else 0.0 for _ in asked]
@@ -65,7 +66,7 @@ def test_two_hundred_requests_from_several_threads_are_those_alone(guided):
         for thread in threads:
             thread.join()
         results = [future.result(timeout=60) for future in futures]
-    assert sampler.counts.finished == 200
+    assert sampler.counts.finished == n
     assert sampler.counts.uploads <= len(KINDS) * 5
     assert sampler.counts.occupied == sum(one.table.num_rows for one in asked)
     assert 0.3 < sampler.utilisation <= 1
@@ -470,12 +471,22 @@ def test_what_is_not_a_weight(scale):
         sampler.submit(seed=0, guidance_scale=scale)
 
 
-def test_seeds_and_options_of_numpy():
-    sampler, one = made(), Asked(3, "ddim", 5, {"eta": 1.0})
-    future = sampler.submit(seed=np.int64(3), solver="ddim", steps=5, eta=np.float64(1.0))
+def test_numbers_of_numpy():
+    one = Asked(3, "ddim", 5, {"eta": 1.0}, weight=2.0, label=4)
+    sampler = made(model_kwargs=LABELS, unconditional_kwargs={"class_labels": np.int64(NONE)})
+    given = dict(guidance_scale=np.float32(2.0), model_kwargs={"class_labels": np.int64(4)})
+    future = sampler.submit(seed=np.int64(3), solver="ddim", steps=5, eta=np.float64(1.0), **given)
     while sampler.step():
         pass
-    assert torch.equal(future.result(timeout=0), one.plain(Net()))
+    assert torch.equal(future.result(timeout=0), one.plain(Net(), guided=True))
+
+
+def test_a_table_that_is_kept_lets_no_wrong_option_through():
+    sampler = made()
+    sampler.submit(seed=0, solver="ddim", steps=1, eta=1)
+    for wrong in (dict(steps=True, eta=1), dict(steps=1.0, eta=1), dict(steps=1, eta=True)):
+        with pytest.raises(ConfigError):
+            sampler.submit(seed=0, solver="ddim", **wrong)
 
 
 def test_the_shape_is_the_models():
@@ -485,6 +496,14 @@ def test_the_shape_is_the_models():
 
     with pytest.raises(InputError, match="no shape"):
         made(Particular())
+
+
+def test_the_docs_lines_run(capsys):
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "inflight.md").read_text(), re.S).group(1)
+    names: dict = {}
+    exec(compile(code.replace("steps=50", "steps=2").replace("steps=12", "steps=3"), "inflight.md", "exec"), names)
+    assert names["picture"].shape == (1, 32, 32)
+    assert capsys.readouterr().out == "1 of 3\n2 of 3\n3 of 3\n"
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------------------------
