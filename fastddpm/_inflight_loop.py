@@ -28,6 +28,7 @@ class Loop:
         self._queue: deque[Request] = deque()
         self._waiting: deque[object] = deque()  # submitters, in their order
         self._closed = False
+        self._look = False  # whether a request in the batch was cancelled
         self._thread: threading.Thread | None = None
         self._counts = Counts()
 
@@ -83,10 +84,11 @@ class Loop:
             raise FastDDPMError("the in-flight sampler is closed; make a new one")
 
     def _forget(self, future: Future[Tensor]) -> None:
-        """A request that was cancelled in the queue makes room at once."""
+        """A request that was cancelled in the queue makes room at once; for one in the batch the next step looks."""
         with self._lock:
             found = next((request for request in self._queue if request.future is future), None)
             if found is None:
+                self._look = self._look or future.cancelled()
                 return
             self._queue.remove(found)
             self._lock.notify_all()
@@ -119,13 +121,14 @@ class Loop:
 
     def _work(self) -> None:
         try:
-            while True:
-                with self._lock:
-                    self._lock.wait_for(lambda: self._queue or self._closed)
-                    if not self._queue:
-                        return
-                while self.step():
-                    pass
+            with self._slots.context():
+                while True:
+                    with self._lock:
+                        self._lock.wait_for(lambda: self._queue or self._closed)
+                        if not self._queue:
+                            return
+                    while self._step():
+                        pass
         except BaseException as error:  # of ours, or an exit: nobody may wait for a loop that is gone
             with self._lock:
                 self._closed = True
@@ -143,16 +146,19 @@ class Loop:
         if self._in_a_step():
             raise FastDDPMError("a step is under way, and it is this one that calls step")
         with self._stepping, self._slots.context():
-            self._stepper = threading.current_thread()
-            try:
-                self._join()
-                if self._running:
-                    self._evaluate()
-                self._hand_out(wait=not (self._running or self._queue))
-            finally:
-                self._stepper = None
-            with self._lock:
-                return bool(self._running or self._taken or self._queue)
+            return self._step()
+
+    def _step(self) -> bool:
+        self._stepper = threading.current_thread()
+        try:
+            self._join()
+            if self._running:
+                self._evaluate()
+            self._hand_out(wait=not (self._running or self._queue))
+        finally:
+            self._stepper = None
+        with self._lock:
+            return bool(self._running or self._taken or self._queue)
 
     def _evaluate(self) -> None:
         try:
@@ -166,10 +172,12 @@ class Loop:
 
     def _join(self) -> None:
         """Those that were cancelled leave; the first in the queue get the free slots."""
-        for slot, request in list(self._running.items()):
-            if request.future.cancelled():
-                self._leave(slot)
-                self._owns(request)
+        if self._look:
+            self._look = False
+            for slot, request in list(self._running.items()):
+                if request.future.cancelled():
+                    self._leave(slot)
+                    self._owns(request)
         free = [slot for slot in range(len(self._slots)) if slot not in self._running]
         while free and self._queue and self._next(free[0]):
             if free[0] in self._running:
