@@ -213,6 +213,9 @@ def test_a_variance_that_is_not_finite_is_flagged_where_it_is_read(cursor, bad, 
     assert reverse_step(**made)[2].tolist() == [0, 0, cursor[2] + 11]
     made["model_output"][-3:][0, 2, 1, 1] = bad
     assert reverse_step(**made)[2].tolist() == [cursor[0] + 11, 0, cursor[2] + 11]
+    made = inputs(cursor, guided=guided, learned=True)  # and the prediction is looked at as well
+    made["model_output"][-3:][1, 0, 1, 1] = bad
+    assert reverse_step(**made)[2].tolist() == [0, cursor[1] + 11, 0]
     if guided:  # the unconditional half's variance has no part in the step
         made = inputs(cursor, guided=True, learned=True)
         made["model_output"][:3][2, 3, 1, 1] = bad
