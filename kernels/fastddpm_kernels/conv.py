@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .conv_parts import accumulate, finish
+from .conv_parts import accumulate, begin, finish
 from .conv_reference import COLUMNS
 from .conv_tiles import Tile, segments_of, side_by_side, statistics_rows, tile_of
 
@@ -70,8 +70,9 @@ def conv_kernel(
     RESIDUAL: tl.constexpr,
     SCALED: tl.constexpr,
     ONE_SAMPLE: tl.constexpr,
-    PART: tl.constexpr,
-    GROUP: tl.constexpr,
+    PARTS: tl.constexpr,
+    PART_BITS: tl.constexpr,
+    GROUP_BITS: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -112,11 +113,61 @@ def conv_kernel(
     source, second = x_ptr + at * c0, second_ptr + at * c1
     shortcut_x, shortcut_second = shortcut_x_ptr + at * s0, shortcut_second_ptr + at * s1
     weight = weight_ptr + phase * (KERNEL * KERNEL * (c0 + c1)) * columns
+    to = (behind * tall + y) * wide + x
+    out_pixels = pixels
+    if UP:
+        to = (behind * (2 * tall) + 2 * y + py) * (2 * wide) + 2 * x + px
+        out_pixels = 4 * pixels
     segment = tl.program_id(2)
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for s in range(0, 1 if SPLIT else SEGMENTS):
-        begin = (segment + s) * steps
+    total = begin(
+        bias_ptr,
+        row_ptr,
+        residual_ptr,
+        sample,
+        behind,
+        to,
+        n,
+        batch,
+        out_pixels,
+        cout,
+        segment == 0,
+        ROW,
+        RESIDUAL,
+        ONE_SAMPLE,
+        BLOCK_M,
+        BLOCK_N,
+    )
+    total = accumulate(
+        total,
+        source,
+        second,
+        weight,
+        shortcut_x,
+        shortcut_second,
+        shortcut_weight_ptr,
+        from_pixel,
+        inside,
+        n,
+        segment * steps,
+        tl.minimum(segment * steps + steps, all_steps),
+        width,
+        c0,
+        c1,
+        s0,
+        s1,
+        columns,
+        KERNEL,
+        TWO,
+        SHORTCUT,
+        FLAT,
+        FULL_K,
+        FULL_N,
+        WIDE,
+        BLOCK_K,
+    )
+    for later in range(1, 1 if SPLIT else SEGMENTS):
         total += accumulate(
+            tl.zeros((BLOCK_M, BLOCK_N), tl.float32),
             source,
             second,
             weight,
@@ -126,8 +177,8 @@ def conv_kernel(
             from_pixel,
             inside,
             n,
-            begin,
-            tl.minimum(begin + steps, all_steps),
+            later * steps,
+            tl.minimum(later * steps + steps, all_steps),
             width,
             c0,
             c1,
@@ -141,16 +192,8 @@ def conv_kernel(
             FULL_K,
             FULL_N,
             WIDE,
-            BLOCK_M,
-            BLOCK_N,
             BLOCK_K,
         )
-
-    to = (behind * tall + y) * wide + x
-    out_pixels = pixels
-    if UP:
-        to = (behind * (2 * tall) + 2 * y + py) * (2 * wide) + 2 * x + px
-        out_pixels = 4 * pixels
     if SPLIT:
         keep = (sample + behind < batch)[:, None] & (n < cout)[None, :]
         whole = batch.to(tl.int64) * out_pixels * cout
@@ -159,9 +202,6 @@ def conv_kernel(
     else:
         finish(
             total,
-            bias_ptr,
-            row_ptr,
-            residual_ptr,
             out_ptr,
             statistics_ptr,
             sample,
@@ -175,12 +215,10 @@ def conv_kernel(
             cout,
             scale,
             phase,
-            ROW,
-            RESIDUAL,
             SCALED,
-            ONE_SAMPLE,
-            PART,
-            GROUP,
+            PARTS,
+            PART_BITS,
+            GROUP_BITS,
             BLOCK_M,
             BLOCK_N,
         )
@@ -189,9 +227,6 @@ def conv_kernel(
 @triton.jit(do_not_specialize=["batch"])
 def add_segments_kernel(
     partial_ptr,  # float32 [SEGMENTS, B, pixels, cout]
-    bias_ptr,  # float32 [cout]
-    row_ptr,  # float32 [B, cout]
-    residual_ptr,  # [B, pixels, cout]
     out_ptr,  # [B, pixels, cout]
     statistics_ptr,  # float32 [B, pixels / PART, groups, 2]
     batch,
@@ -200,12 +235,10 @@ def add_segments_kernel(
     scale,
     COUT_UNIT: tl.constexpr,
     SEGMENTS: tl.constexpr,
-    ROW: tl.constexpr,
-    RESIDUAL: tl.constexpr,
     SCALED: tl.constexpr,
-    ONE_SAMPLE: tl.constexpr,
-    PART: tl.constexpr,
-    GROUP: tl.constexpr,
+    PARTS: tl.constexpr,
+    PART_BITS: tl.constexpr,
+    GROUP_BITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -221,14 +254,12 @@ def add_segments_kernel(
     keep = (sample + behind < batch)[:, None] & (n < cout)[None, :]
     whole = batch.to(tl.int64) * pixels * cout
     place = partial_ptr + sample * pixels * cout
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for segment in tl.static_range(SEGMENTS):
-        total += tl.load(place + segment * whole + (pixel * cout)[:, None] + n[None, :], keep, other=0.0)
+    place += (pixel * cout)[:, None] + n[None, :]
+    total = tl.load(place, keep, other=0.0)
+    for segment in tl.static_range(1, SEGMENTS):
+        total += tl.load(place + segment * whole, keep, other=0.0)
     finish(
         total,
-        bias_ptr,
-        row_ptr,
-        residual_ptr,
         out_ptr,
         statistics_ptr,
         sample,
@@ -242,12 +273,10 @@ def add_segments_kernel(
         cout,
         scale,
         0,
-        ROW,
-        RESIDUAL,
         SCALED,
-        ONE_SAMPLE,
-        PART,
-        GROUP,
+        PARTS,
+        PART_BITS,
+        GROUP_BITS,
         BLOCK_M,
         BLOCK_N,
     )
@@ -309,7 +338,7 @@ def launch_conv(
     flat = kernel == 3 and c0 < 16 and c1 == s0 == 0
     rows, phases, columns = batch * tall * wide, 4 if up else 1, weight.shape[-1]
 
-    part, group = 0, 1
+    part, group = 0, 0
     if statistics is not None:
         part, group = statistics_rows(tall * wide), cout // statistics.shape[2]
     tile = tile or tile_of(rows * phases, cout, (c0, c1, s0, s1), x.dtype, flat=flat, least=max(part, 1))
@@ -323,13 +352,7 @@ def launch_conv(
 
     unit = 8 if all(c % 8 == 0 for c in (c0, c1, s0, s1)) else 1
     cout_unit = 8 if cout % 8 == 0 else 1
-    after = dict(
-        ROW=row is not None,
-        RESIDUAL=residual is not None,
-        SCALED=scale != 1.0,
-        PART=part,
-        GROUP=group,
-    )
+    end = dict(SCALED=scale != 1.0, PARTS=part > 0, PART_BITS=part.bit_length() - 1, GROUP_BITS=group.bit_length() - 1)
     conv_kernel[(tiles, phases, segments if split else 1)](
         x,
         _or(second, x),
@@ -376,7 +399,9 @@ def launch_conv(
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
         BLOCK_K=tile.k,
-        **after,
+        ROW=row is not None,
+        RESIDUAL=residual is not None,
+        **end,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
@@ -384,9 +409,6 @@ def launch_conv(
         block_m, pixels = max(16, part), out_height * out_width
         add_segments_kernel[(triton.cdiv(rows, block_m), triton.cdiv(cout, 64))](
             workspace,
-            bias,
-            _or(row, bias),
-            _or(residual, out),
             out,
             _or(statistics, bias),
             batch,
@@ -395,10 +417,9 @@ def launch_conv(
             scale,
             COUT_UNIT=cout_unit,
             SEGMENTS=segments,
-            ONE_SAMPLE=pixels % block_m == 0,
             BLOCK_M=block_m,
             BLOCK_N=64,
-            **after,
+            **end,
             num_warps=4,
         )
 

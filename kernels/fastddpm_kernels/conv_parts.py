@@ -5,7 +5,43 @@ import triton.language as tl
 
 
 @triton.jit
+def begin(
+    bias_ptr,
+    row_ptr,
+    residual_ptr,
+    sample,  # int64, the tile's first
+    behind,  # [BLOCK_M], samples behind that one
+    pixel,  # [BLOCK_M], in the output, counted from that sample's beginning
+    n,  # [BLOCK_N]
+    batch,
+    out_pixels,  # of a sample
+    cout,
+    wanted,  # else zeros
+    ROW: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    ONE_SAMPLE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """(bias + row) + residual, where the sum begins: after it they would need registers beside it, and spill."""
+    inside = (n < cout) & wanted
+    keep = (sample + behind < batch)[:, None] & inside[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    each = tl.load(bias_ptr + n, inside, other=0.0)
+    if ROW and ONE_SAMPLE:
+        each += tl.load(row_ptr + sample * cout + n, inside, other=0.0)
+    acc += each[None, :]
+    if ROW and not ONE_SAMPLE:
+        acc += tl.load(row_ptr + sample * cout + (behind * cout)[:, None] + n[None, :], keep, other=0.0)
+    if RESIDUAL:
+        residual = residual_ptr + sample * out_pixels * cout
+        acc += tl.load(residual + (pixel * cout)[:, None] + n[None, :], keep, other=0.0).to(tl.float32)
+    return acc
+
+
+@triton.jit
 def accumulate(
+    acc,  # float32 [BLOCK_M, BLOCK_N], what it begins with
     x,  # the sources and the weights: of the tile's first sample, of the phase
     second,
     weight,
@@ -30,17 +66,14 @@ def accumulate(
     FULL_K: tl.constexpr,
     FULL_N: tl.constexpr,
     WIDE: tl.constexpr,  # multiply in float32: Triton's interpreter can't in bfloat16
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The sum over the steps start ... stop - 1: float32 [BLOCK_M, BLOCK_N].
+    """Add the steps start ... stop - 1 of the sum to `acc`.
 
     A step is BLOCK_K channels of one source at one tap; or, FLAT, so many of taps x channels, where these are few.
     """
     TAPS: tl.constexpr = KERNEL * KERNEL
     k = tl.arange(0, BLOCK_K)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     blocks0 = tl.cdiv(c0, BLOCK_K)
     blocks = blocks0 + tl.cdiv(c1, BLOCK_K) if TWO else blocks0
     tap = start // blocks
@@ -101,11 +134,18 @@ def accumulate(
 
 
 @triton.jit
+def pair_sums(values, ROW_BITS: tl.constexpr, COLUMN_BITS: tl.constexpr):
+    """Sums of 2^ROW_BITS x 2^COLUMN_BITS neighbours, always of two at a time: so in every layout the same bits."""
+    for _ in tl.static_range(COLUMN_BITS):
+        values = tl.sum(values.reshape(values.shape[0], values.shape[1] // 2, 2), 2)
+    for _ in tl.static_range(ROW_BITS):
+        values = tl.sum(values.reshape(values.shape[0] // 2, 2, values.shape[1]), 1)
+    return values
+
+
+@triton.jit
 def finish(
     acc,  # float32 [BLOCK_M, BLOCK_N]
-    bias_ptr,
-    row_ptr,
-    residual_ptr,
     out_ptr,
     statistics_ptr,
     sample,  # int64, the tile's first
@@ -119,44 +159,35 @@ def finish(
     cout,
     scale,
     phase,
-    ROW: tl.constexpr,
-    RESIDUAL: tl.constexpr,
     SCALED: tl.constexpr,
-    ONE_SAMPLE: tl.constexpr,
-    PART: tl.constexpr,
-    GROUP: tl.constexpr,
+    PARTS: tl.constexpr,  # write statistics, of parts of 2^PART_BITS pixels and groups of 2^GROUP_BITS channels
+    PART_BITS: tl.constexpr,
+    GROUP_BITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Store (((acc + bias) + row) + residual) * scale, and the statistics of what is stored."""
+    """Store acc * scale, and the statistics of what is stored."""
     n = column + tl.arange(0, BLOCK_N)
     keep = (sample + behind < batch)[:, None] & (n < cout)[None, :]
-    acc += tl.load(bias_ptr + n, n < cout, other=0.0)[None, :]
-    if ROW:
-        rows = row_ptr + sample * cout
-        if ONE_SAMPLE:
-            acc += tl.load(rows + n, n < cout, other=0.0)[None, :]
-        else:
-            acc += tl.load(rows + (behind * cout)[:, None] + n[None, :], keep, other=0.0)
-    begin = sample * out_pixels * cout
-    at = (pixel * cout)[:, None] + n[None, :]
-    if RESIDUAL:
-        acc += tl.load(residual_ptr + begin + at, keep, other=0.0).to(tl.float32)
     if SCALED:
         acc *= scale
     stored = acc.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + begin + at, stored, keep)
-    if PART > 0:
-        values = stored.to(tl.float32).reshape(BLOCK_M // PART, PART, BLOCK_N // GROUP, GROUP)
-        mean = tl.sum(tl.sum(values, 3), 1) * (1.0 / (PART * GROUP))  # a power of two: exact
-        away = values - mean[:, None, :, None]
-        squares = tl.sum(tl.sum(away * away, 3), 1)
+    place = out_ptr + sample * out_pixels * cout
+    tl.store(place + (pixel * cout)[:, None] + n[None, :], stored, keep)
+    if PARTS:
+        tl.debug_barrier()  # read back: in the layout of the store, where a group lies in one thread
+        values = tl.load(place + (pixel * cout)[:, None] + n[None, :], keep, other=0.0).to(tl.float32)
+        PART: tl.constexpr = 1 << PART_BITS
+        GROUP: tl.constexpr = 1 << GROUP_BITS
+        mean = pair_sums(values, PART_BITS, GROUP_BITS) * (1.0 / (PART * GROUP))
+        away = values.reshape(BLOCK_M // PART, PART, BLOCK_N // GROUP, GROUP) - mean[:, None, :, None]
+        squares = pair_sums((away * away).reshape(BLOCK_M, BLOCK_N), PART_BITS, GROUP_BITS)
         r = first + tl.arange(0, BLOCK_M // PART) * PART
         ahead = r // pixels
-        parts = out_pixels // PART
         part = phase * (pixels // PART) + (r - ahead * pixels) // PART
         group = column // GROUP + tl.arange(0, BLOCK_N // GROUP)
         groups = cout // GROUP
+        parts = out_pixels // PART
         to = statistics_ptr + (((sample + ahead) * parts + part) * groups * 2)[:, None] + (group * 2)[None, :]
         written = (sample + ahead < batch)[:, None] & (group < groups)[None, :]
         tl.store(to, mean, written)
