@@ -1,0 +1,107 @@
+"""The operations in fastddpm's own kernels, on NHWC activations that lie where the plan says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..unet import UNet
+from .operations import Attention, Conv, Linear, Norm, Operation
+
+Run = Callable[[Tensor, list[Tensor], Tensor, Tensor | None, list[Tensor]], None]
+
+
+def prepared(operation: Operation, unet: UNet, dtype: torch.dtype) -> Run:
+    """The function of (out, sources, time rows, residual, sources of the shortcut) that does it, with its weights."""
+    makers: dict[type[Operation], Callable[..., Run]] = {
+        Norm: _norm,
+        Conv: _conv,
+        Linear: _linear,
+        Attention: _attention,
+    }
+    with torch.no_grad():
+        return makers[type(operation)](operation, unet, dtype)
+
+
+def _norm(operation: Norm, unet: UNet, dtype: torch.dtype) -> Run:
+    from fastddpm_kernels.group_norm import launch_group_norm
+
+    module: Any = unet.get_submodule(operation.name)
+    weight, bias = _float(module.weight), _float(module.bias)
+    options = dict(groups=operation.groups, eps=module.eps, silu=operation.silu)
+
+    def run(out: Tensor, sources: list[Tensor], rows: Tensor, residual: Tensor | None, past: list[Tensor]) -> None:
+        scale = shift = None
+        if operation.time is not None:
+            scale, shift = rows[:, operation.time].chunk(2, dim=1)
+        x, second = _two(sources)
+        launch_group_norm(x, second, out, weight, bias, scale=scale, shift=shift, **options)
+
+    return run
+
+
+def _conv(operation: Conv, unet: UNet, dtype: torch.dtype) -> Run:
+    from fastddpm_kernels.conv import launch_conv
+    from fastddpm_kernels.conv_reference import pack_weight, phase_weights
+
+    module: Any = unet.get_submodule(operation.name)
+    bias = _float(module.bias)
+    options: dict[str, Any] = dict(stride=operation.stride, padding=operation.padding, scale=operation.scale)
+    weight = (phase_weights if operation.up else pack_weight)(module.weight.detach(), dtype)
+    packed = None
+    if operation.shortcut:
+        shortcut: Any = unet.get_submodule(operation.shortcut_name)
+        packed, bias = pack_weight(shortcut.weight.detach(), dtype), bias + _float(shortcut.bias)
+
+    def run(out: Tensor, sources: list[Tensor], rows: Tensor, residual: Tensor | None, past: list[Tensor]) -> None:
+        x, second = _two(sources)
+        first, then = _two(past) if past else (None, None)
+        launch_conv(
+            x,
+            weight,
+            bias,
+            out,
+            second=second,
+            row=None if operation.time is None else rows[:, operation.time].contiguous(),
+            residual=residual,
+            shortcut_x=first,
+            shortcut_second=then,
+            shortcut_weight=packed,
+            **options,
+        )
+
+    return run
+
+
+def _linear(operation: Linear, unet: UNet, dtype: torch.dtype) -> Run:
+    from fastddpm_kernels.linear import launch_linear
+
+    modules: list[Any] = [unet.get_submodule(name) for name in operation.names]
+    weight = torch.cat([module.weight for module in modules]).detach().to(dtype).T.contiguous()
+    bias = _float(torch.cat([module.bias for module in modules]))
+
+    def run(out: Tensor, sources: list[Tensor], rows: Tensor, residual: Tensor | None, past: list[Tensor]) -> None:
+        launch_linear(sources[0], weight, bias, out, residual=residual, factor=operation.scale)
+
+    return run
+
+
+def _attention(operation: Attention, unet: UNet, dtype: torch.dtype) -> Run:
+    from fastddpm_kernels.attention import launch_attention
+
+    def run(out: Tensor, sources: list[Tensor], rows: Tensor, residual: Tensor | None, past: list[Tensor]) -> None:
+        launch_attention(sources[0], out, heads=operation.heads)
+
+    return run
+
+
+def _two(sources: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+    return sources[0], sources[1] if len(sources) > 1 else None
+
+
+def _float(parameter: Tensor) -> Tensor:
+    """A copy in float32, contiguous."""
+    return parameter.detach().float().clone()
