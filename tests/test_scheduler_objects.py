@@ -69,7 +69,7 @@ def test_a_copy_looks_at_its_own_time_steps(stock, fused):
         assert plan.locate(scheduler.timesteps[3]) == 3
         scheduler.timesteps[3] = 7  # no item of the copy's
         assert plan.locate(scheduler.timesteps[3]) is None
-        changed = copy.deepcopy(scheduler)  # whose tensors don't count the change
+        changed = copy.deepcopy(scheduler)  # it has no plan but what it makes
         assert changed._planned().host[3] == 7
         scheduler.set_timesteps(10)
 
