@@ -15,13 +15,15 @@ segments are added in order: by one program, or by many and a second kernel, to 
 Not measured on a GPU. `tests/test_conv_codegen.py` has what the machine code shows.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 
 from .conv_parts import accumulate, begin, finish
 from .conv_reference import COLUMNS
-from .conv_tiles import Tile, segments_of, side_by_side, statistics_rows, tile_of
+from .conv_tiles import Tile, segments_of, side_by_side, statistics_rows, step_of, tile_of
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -324,8 +326,8 @@ def launch_conv(
             of the stored values, and the sum of the squares of their distances from it. A part is `statistics_rows`
             pixels, in order; of an upsampled image first those of phase 0, and so on.
         workspace: float32, at least segments * out.numel() elements; allocated where it is needed and None.
-        tile, segments, split: `tile_of`, `segments_of`, `side_by_side` unless given. The tile must not differ between
-            batch sizes where `statistics` must not, in the last bits.
+        tile, segments, split: `tile_of`, `segments_of`, `side_by_side` unless given. Only `tile.k` and `segments`
+            change the order of the sums, and so the last bits.
     """
     if out.numel() == 0:
         return
@@ -341,12 +343,16 @@ def launch_conv(
     part, group = 0, 0
     if statistics is not None:
         part, group = statistics_rows(tall * wide), cout // statistics.shape[2]
-    tile = tile or tile_of(rows * phases, cout, (c0, c1, s0, s1), x.dtype, flat=flat, least=max(part, 1))
+    k = tile.k if tile else step_of((c0, c1, s0, s1), x.dtype, flat=flat)
     counts = [9 * c0] if flat else [c0, c1] * kernel * kernel + [s0, s1]
-    steps = sum(triton.cdiv(count, tile.k) for count in counts)
+    steps = sum(triton.cdiv(count, k) for count in counts)
     segments = segments or (1 if up else segments_of(tall * wide, steps))
+    if tile is None:
+        # 256 columns leave no registers for a second total or for statistics; and a 1x1 convolution is over too soon.
+        large = kernel > 1 and segments == 1 and not part
+        tile = tile_of(rows * phases, cout, k, x.dtype, wide=large, shared=_shared(x.device))
     tiles = triton.cdiv(rows, tile.m) * triton.cdiv(cout, tile.n)
-    split = segments > 1 and (side_by_side(tiles, part) if split is None else split)
+    split = segments > 1 and (side_by_side(tiles) if split is None else split)
     if split and workspace is None:
         workspace = torch.empty(segments * out.numel(), dtype=torch.float32, device=out.device)
 
@@ -404,6 +410,7 @@ def launch_conv(
         **end,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        maxnreg=tile.registers,
     )
     if split:
         block_m, pixels = max(16, part), out_height * out_width
@@ -422,6 +429,14 @@ def launch_conv(
             **end,
             num_warps=4,
         )
+
+
+@lru_cache
+def _shared(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have."""
+    if device.type != "cuda":
+        return 232448
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def _or(tensor: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:

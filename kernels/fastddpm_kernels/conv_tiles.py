@@ -16,29 +16,45 @@ class Tile(NamedTuple):
     k: int  # channels a step
     warps: int
     stages: int  # of the pipeline: the steps whose loads are on their way, and the one that is computed
+    registers: int | None = None  # a thread's, at most
 
 
-def tile_of(
-    rows: int, cout: int, channels: tuple[int, ...], dtype: torch.dtype, *, flat: bool = False, least: int = 1
-) -> Tile:
-    """The largest tile that fills the GPU with programs: rows x cout outputs, from sources of these channels.
+def step_of(channels: tuple[int, ...], dtype: torch.dtype, *, flat: bool = False) -> int:
+    """How many channels a step of the sum takes, for sources of these channels: it decides the order of the sum.
 
-    `least` is the smallest m and n that will do. The sums' order depends on k alone, and k on the channels alone.
+    64 channels of 16 bits are 128 bytes, the width of shared memory's widest swizzle, and 4 products of wgmma. `flat`:
+    taps and channels are one axis, 27 long in the first convolution of RGB.
     """
+    if flat:
+        return 32
+    if dtype == torch.float32:  # no tensor cores: for tests
+        return 16
     given = [c for c in channels if c]
-    if dtype == torch.float32:  # no tensor cores: exact products, for tests
-        return Tile(64, 16 if cout <= 16 else 64, 32 if flat else 16, 4, 2)
-    # 64 channels are 128 bytes, a whole line of shared memory's widest swizzle, and 4 products of wgmma.
-    k = 32 if flat else next((k for k in (64, 32, 16) if all(c % k == 0 for c in given)), 64 if min(given) > 32 else 32)
+    return next((k for k in (64, 32, 16) if all(c % k == 0 for c in given)), 64 if min(given) > 32 else 32)
+
+
+def tile_of(rows: int, cout: int, k: int, dtype: torch.dtype, *, wide: bool = True, shared: int = 232448) -> Tile:
+    """The largest tile that fills the GPU with programs, for rows x cout outputs in steps of k.
+
+    `wide`: 256 columns will do. `shared`: bytes of shared memory that a program may have, an H100's unless given.
+    """
+    if dtype == torch.float32:
+        return Tile(64, 16 if cout <= 16 else 64, k, 4, 2)
     if cout <= 16:  # the last convolution: its time is that of reading the image
         return Tile(128, 16, k, 4, 4)
-    tiles = (
-        Tile(128, 128, k, 8, 3),  # 96 KB: two programs on a multiprocessor of 228 KB; 64 sums a thread
-        Tile(128, 64, k, 4, 3),  # 72 KB
-        Tile(64, 64, k, 4, 4),  # 64 KB
-    )
-    for tile in tiles:
-        if tile.n <= max(cout, 64) and -(-rows // tile.m) * -(-cout // tile.n) >= FILL:
+    tiles = [
+        # wgmma reads 128 bytes of shared memory a cycle at most. With 256 columns it wants 80 of them, and 48 are
+        # written; with 128 columns 96 and 64. But 128 sums a thread leave no registers for a second program.
+        Tile(128, 256, k, 8, 4),
+        # 96 KB and 128 registers: two programs a multiprocessor, one multiplies while the other begins or ends.
+        Tile(128, 128, k, 8, 3, 128),
+        Tile(128, 64, k, 4, 3),  # 72 KB: three
+        Tile(64, 64, k, 4, 4),  # 64 KB: three
+    ]
+    for tile in tiles[0 if wide else 1 :]:
+        buffers = tile.stages - (shared < 200_000)  # before wgmma a buffer is free as soon as it is read
+        fits = 2 * (tile.m + tile.n) * tile.k * buffers <= shared
+        if fits and tile.n <= max(cout, 64) and -(-rows // tile.m) * -(-cout // tile.n) >= FILL:
             return tile
     return Tile(64, 32, k, 4, 4)
 
@@ -51,13 +67,13 @@ def segments_of(pixels: int, steps: int) -> int:
     return max(1, min(8, steps // 8)) if pixels <= 64 else 1
 
 
-def side_by_side(tiles: int, part: int) -> bool:
-    """Whether segments go to programs of their own. The bits are the same, but for those of statistics."""
-    return part > 0 or tiles < FILL
+def side_by_side(tiles: int) -> bool:
+    """Whether segments go to programs of their own. The bits are the same."""
+    return tiles < FILL
 
 
 def statistics_rows(pixels: int) -> int:
     """How many pixels of a sample go into one part of its statistics: the largest power of 2 up to 64 that divides
-    `pixels`, those of one phase where the image is upsampled. A part's n is then at most a tile's.
+    `pixels`, those of one phase where the image is upsampled.
     """
     return min(64, pixels & -pixels)
