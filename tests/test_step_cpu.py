@@ -201,7 +201,9 @@ def test_large_numbers_are_finite_and_infinities_that_cancel_are_not(cursor, lim
     made["model_output"].fill_(3e38)
     assert reverse_step(**made, limited=limit)[2].tolist() == [0, 0, 0]
     made["model_output"][1, 0, 0, 0], made["model_output"][1, 1, 2, 2] = math.inf, -math.inf
-    assert reverse_step(**made, limited=limit)[2].tolist() == [0, cursor[1] + 11, 0]
+    flags = reverse_step(**made, limited=limit)[2]
+    assert flags.tolist() == [0, cursor[1] + 11, 0]
+    assert flags.dtype == torch.int32
 
 
 @pytest.mark.parametrize("cursor", [[2, 2, 2], [2, 0, 3]])
