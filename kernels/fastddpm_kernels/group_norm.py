@@ -14,7 +14,19 @@ import torch
 import triton
 import triton.language as tl
 
-from .group_norm_parts import Tile, affine, by_unit, columns, given, in_group, in_tile, load_tile, normalised, unit_of
+from .group_norm_parts import (
+    Tile,
+    affine,
+    both_in_tile,
+    by_unit,
+    columns,
+    given,
+    in_group,
+    in_tile,
+    load_tile,
+    normalised,
+    unit_of,
+)
 from .group_norm_tiles import launch_group_norm_apply, launch_group_statistics, split_group_norm
 
 __all__ = ["launch_group_norm", "launch_group_norm_apply", "launch_group_statistics", "split_group_norm"]
@@ -24,7 +36,7 @@ ONE_PASS = 32768
 EACH = 32  # elements a thread of it where that is enough: at most 64 registers, so that 32 warps fit an SM
 RUN = 32  # bytes of a position that a program reads at least: a sector, the unit of traffic from DRAM and L2
 WIDE = 64  # and what it reads where the tile still is small: a DRAM access
-LARGE, SMALL = 8192, 2048  # elements from which a tile is not widened any further for the one, the other
+LARGE, SMALL = 8192, 1024  # elements from which a tile is not widened any further for the one, the other
 
 
 def tile_of(positions: int, channels: int, group: int, width: int) -> Tile | None:
@@ -93,8 +105,9 @@ def group_norm_kernel(
     d = x - mean[None, :, None]
     if BLOCK_P > P:
         d = tl.where((p < P)[:, None, None], d, 0.0)
-    off = in_group(in_tile(d), units, alone) / count
-    variance = in_group(in_tile(d * d), units, alone) / count - off * off
+    total, squares = both_in_tile(d, d * d)
+    off = in_group(total, units, alone) / count
+    variance = in_group(squares, units, alone) / count - off * off
     a, b = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride, sample, c, there, SCALE)
     y = normalised(d, off, variance, eps, a, b, UNIT, SILU)
     start, step = columns(out_ptr, out_ptr, sample, c, P, C0 + C1, 0)

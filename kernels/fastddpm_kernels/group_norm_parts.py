@@ -64,6 +64,12 @@ def in_tile(v):
 
 
 @triton.jit
+def both_in_tile(v, w):
+    """The sums of each unit of both, [units]: exchanged between threads at once."""
+    return tl.split(tl.sum(tl.join(tl.sum(v, axis=2), tl.sum(w, axis=2)), axis=0))
+
+
+@triton.jit
 def in_group(v, UNITS: tl.constexpr, ALONE: tl.constexpr):
     """For each unit the sum over the UNITS units of its group. ALONE: the tile is one group."""
     if UNITS == 1:

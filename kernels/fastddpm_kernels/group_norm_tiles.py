@@ -82,12 +82,12 @@ def statistics_kernel(
         d = tl.where(inside[:, None, None], x - shift[None, :, None], 0.0)
         sums += tl.sum(d, axis=2)
         squares += tl.sum(d * d, axis=2)
-    total = tl.sum(sums, axis=0)
+    total, within = tl.split(tl.sum(tl.join(sums, squares), axis=0))
     off = total / ((end - tile * TILE) * UNIT).to(tl.float32)
     u = tl.program_id(0) % blocks * (BLOCK_C // UNIT) + tl.arange(0, BLOCK_C // UNIT)
     at = stats_ptr + (sample * tiles + tile) * (C // UNIT * 2) + u * 2
     tl.store(at, shift + off, u < C // UNIT)
-    tl.store(at + 1, tl.maximum(tl.sum(squares, axis=0) - total * off, 0.0), u < C // UNIT)
+    tl.store(at + 1, tl.maximum(within - total * off, 0.0), u < C // UNIT)
 
 
 @triton.jit
