@@ -19,7 +19,8 @@ from ._slot_kwargs import SlotKwargs
 from ._table_rows import Needs, Program, TableRows
 from .buffers import initial_noise
 from .errors import GraphCaptureError
-from .sampler import Sampler, _tensor_of
+from .models import memory_format_of, tensor_of
+from .sampler import Sampler
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Slots:
         whole, calls = (slots, *shape), (2 if guided else 1) * slots
         self._x = zeros(whole)
         self._model_input = torch.zeros(calls, *shape, dtype=like._model_dtype(), device=self.device).contiguous(
-            memory_format=like._memory_format(whole)
+            memory_format=memory_format_of(like.model, whole)
         )
         self._t = zeros(calls, dtype=time_dtype)
         self._cursors = zeros((2, slots), dtype=torch.int32)
@@ -174,7 +175,7 @@ class Slots:
 
     def _output(self, learned: bool) -> Tensor:
         output = self._like.model(self._model_input, self._t, **self._kwargs.buffers)
-        return _tensor_of(output, self._model_input.shape, learned)
+        return tensor_of(output, self._model_input.shape, learned)
 
     def _eager(self) -> None:
         self._loop_step(self._output(self._needs.learned))

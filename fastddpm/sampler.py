@@ -18,6 +18,7 @@ from . import graphs, solvers
 from .buffers import Buffers, NoiseAhead
 from .errors import DeviceError, GraphCaptureError, InputError, NonFiniteError
 from .inputs import Conditions, Inputs, PerSample
+from .models import device_of, dtype_of, memory_format_of, tensor_of
 from .schedule import NoiseSchedule
 from .seeds import check_seed
 from .solvers import StepTable
@@ -236,7 +237,7 @@ class Sampler:
         output = self.model(b.model_input, b.t, **b.model_kwargs)
         if set_noise is not None:  # after the model, which may draw from the same generator
             set_noise()
-        apply(_tensor_of(output, b.model_input.shape, self.table.learned))
+        apply(tensor_of(output, b.model_input.shape, self.table.learned))
 
     def _loop_step(self, b: Buffers) -> LoopStep:
         return LoopStep(
@@ -335,40 +336,18 @@ class Sampler:
             self.table,
             state_dtype=self.state_dtype,
             model_dtype=self._model_dtype(),
-            memory_format=self._memory_format(part.shape),
+            memory_format=memory_format_of(self.model, part.shape),
             device=self._device(part.x_T),
         )
 
     # --- what the model wants -----------------------------------------------------------------------------------------
 
-    def _parameters(self) -> Iterator[Tensor]:
-        """Those of the model, or of the modules that a function around them runs."""
-        return (p for module in graphs.modules_of(self.model) for p in module.parameters())
-
     def _model_dtype(self) -> torch.dtype:
-        """The dtype of the model's input, as it is now: the user may have converted the model."""
-        dtype, own = self._dtype, next((p.dtype for p in self._parameters() if p.is_floating_point()), None)
-        if dtype is None:
-            return own or self.state_dtype
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise InputError(f"dtype is {dtype}; needed: a floating-point dtype")
-        if isinstance(self.model, nn.Module) and own is not None and own != dtype:
-            raise InputError(f"the model's parameters are {own}, dtype is {dtype}; convert it first: model.to({dtype})")
-        return dtype
-
-    def _memory_format(self, shape: Sequence[int]) -> torch.memory_format:
-        """channels_last where a convolution's weights are, so that the model's first layer needs no copy."""
-        last = torch.channels_last
-        wants = any(
-            p.ndim == 4 and p.is_contiguous(memory_format=last) and not p.is_contiguous() for p in self._parameters()
-        )
-        return last if wants and len(shape) == 4 else torch.contiguous_format
+        return dtype_of(self.model, self._dtype, self.state_dtype)  # as it is now: the user may have converted it
 
     def _device(self, x_T: Tensor | None) -> torch.device:
-        if self.device is not None:
-            return self.device
-        own = next((p.device for p in self._parameters()), None)
-        return own or (torch.device("cpu") if x_T is None else x_T.device)
+        found = self.device or device_of(self.model)
+        return found or (torch.device("cpu") if x_T is None else x_T.device)
 
     # --- checks before and after --------------------------------------------------------------------------------------
 
@@ -388,7 +367,7 @@ class Sampler:
         device = self._device(given.x_T)
         if device.type == "cuda" and not torch.cuda.is_available():
             raise DeviceError("the device is cuda, but torch finds no NVIDIA GPU; use device='cpu'")
-        own = next((p.device for p in self._parameters()), device)
+        own = device_of(self.model) or device
         if isinstance(self.model, nn.Module) and own.type != device.type:
             raise InputError(f"the model is on {own}, the device is {device}; move it first: model.to({str(device)!r})")
         if device.type != "cpu" and self.state_dtype == torch.float64:
@@ -432,21 +411,6 @@ def _key(part: Inputs) -> tuple[Any, ...]:
     leaves, spec = tree_flatten(part.model_kwargs)
     there = tuple(v is not None for v in (part.guidance, part.rescale, part.guided_rows, part.known))
     return part.shape, there, part.noise_is_given, str(spec), tuple(described(v) for v in leaves)
-
-
-def _tensor_of(output: Any, shape: torch.Size, learned: bool) -> Tensor:
-    output = getattr(output, "sample", output)
-    if not isinstance(output, Tensor):
-        raise InputError(f"the model returned a {type(output).__name__}; needed: a tensor, or an object with .sample")
-    with_variance = (shape[0], 2 * shape[1], *shape[2:])
-    if not learned and len(shape) > 2 and output.shape == with_variance:
-        return output[:, : shape[1]]  # the solver has a variance of its own
-    if output.shape != (expected := with_variance if learned else tuple(shape)):
-        why = ", for a solver with a learned variance" if learned else ""
-        raise InputError(
-            f"the model returned shape {tuple(output.shape)} for an input of {tuple(shape)}; needed: {expected}{why}"
-        )
-    return output
 
 
 def sample(
