@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .conv_parts import accumulate, begin, finish
+from .conv_parts import accumulate, begin, finish, rows_left
 from .conv_reference import COLUMNS
 from .conv_tiles import Tile, segments_of, side_by_side, statistics_rows, step_of, tile_of
 
@@ -68,6 +68,7 @@ def conv_kernel(
     COUT_UNIT: tl.constexpr,
     SEGMENTS: tl.constexpr,
     SPLIT: tl.constexpr,  # one segment a program, to `partial`
+    BIAS: tl.constexpr,
     ROW: tl.constexpr,
     RESIDUAL: tl.constexpr,
     SCALED: tl.constexpr,
@@ -93,30 +94,14 @@ def conv_kernel(
     start = tile.to(tl.int64) * BLOCK_M
     sample = start // pixels
     first = (start - sample * pixels).to(tl.int32)
+    rows = rows_left(batch, sample, pixels)
     r = first + tl.arange(0, BLOCK_M)
     behind = r // pixels
     y = (r - behind * pixels) // wide
     x = r - behind * pixels - y * wide
 
-    top, left = y * STRIDE - PADDING, x * STRIDE - PADDING
-    if UP:
-        top, left = y - 1 + py, x - 1 + px
-    inside = tl.zeros((BLOCK_M,), tl.int32)
-    for tap in tl.static_range(KERNEL * KERNEL):
-        ty, tx = top + tap // KERNEL, left + tap % KERNEL
-        inside |= ((ty >= 0) & (ty < height) & (tx >= 0) & (tx < width)).to(tl.int32) << tap
-    if SHORTCUT:
-        inside |= 1 << (KERNEL * KERNEL)
-    inside = tl.where(sample + behind < batch, inside, 0)
-    from_pixel = (behind * height + top) * width + left
-
     n = column + tl.arange(0, BLOCK_N)
-    at = sample * height * width
-    source, second = x_ptr + at * c0, second_ptr + at * c1
-    shortcut_x, shortcut_second = shortcut_x_ptr + at * s0, shortcut_second_ptr + at * s1
-    weight = weight_ptr + phase * (KERNEL * KERNEL * (c0 + c1)) * columns
-    to = (behind * tall + y) * wide + x
-    out_pixels = pixels
+    to, out_pixels = r, pixels
     if UP:
         to = (behind * (2 * tall) + 2 * y + py) * (2 * wide) + 2 * x + px
         out_pixels = 4 * pixels
@@ -128,17 +113,35 @@ def conv_kernel(
         sample,
         behind,
         to,
+        r < rows,
         n,
-        batch,
         out_pixels,
         cout,
         segment == 0,
+        BIAS,
         ROW,
         RESIDUAL,
         ONE_SAMPLE,
         BLOCK_M,
         BLOCK_N,
     )
+
+    top, left = y * STRIDE - PADDING, x * STRIDE - PADDING
+    if UP:
+        top, left = y - 1 + py, x - 1 + px
+    inside = tl.zeros((BLOCK_M,), tl.int32)
+    for tap in tl.static_range(KERNEL * KERNEL):
+        ty, tx = top + tap // KERNEL, left + tap % KERNEL
+        inside |= ((ty >= 0) & (ty < height) & (tx >= 0) & (tx < width)).to(tl.int32) << tap
+    if SHORTCUT:
+        inside |= 1 << (KERNEL * KERNEL)
+    inside = tl.where(r < rows, inside, 0)
+    from_pixel = (behind * height + top) * width + left
+
+    at = sample * height * width
+    source, second = x_ptr + at * c0, second_ptr + at * c1
+    shortcut_x, shortcut_second = shortcut_x_ptr + at * s0, shortcut_second_ptr + at * s1
+    weight = weight_ptr + phase * (KERNEL * KERNEL * (c0 + c1)) * columns
     total = accumulate(
         total,
         source,
@@ -197,7 +200,7 @@ def conv_kernel(
             BLOCK_K,
         )
     if SPLIT:
-        keep = (sample + behind < batch)[:, None] & (n < cout)[None, :]
+        keep = (r < rows)[:, None] & (n < cout)[None, :]
         whole = batch.to(tl.int64) * out_pixels * cout
         place = partial_ptr + segment * whole + sample * out_pixels * cout
         tl.store(place + (to * cout)[:, None] + n[None, :], total, keep)
@@ -208,10 +211,9 @@ def conv_kernel(
             statistics_ptr,
             sample,
             first,
-            behind,
+            rows,
             to,
             column,
-            batch,
             pixels,
             out_pixels,
             cout,
@@ -250,13 +252,13 @@ def add_segments_kernel(
     column = tl.program_id(1) * BLOCK_N
     sample = start // pixels
     first = (start - sample * pixels).to(tl.int32)
-    pixel = first + tl.arange(0, BLOCK_M)
-    behind = pixel // pixels
+    rows = rows_left(batch, sample, pixels)
+    r = first + tl.arange(0, BLOCK_M)
     n = column + tl.arange(0, BLOCK_N)
-    keep = (sample + behind < batch)[:, None] & (n < cout)[None, :]
+    keep = (r < rows)[:, None] & (n < cout)[None, :]
     whole = batch.to(tl.int64) * pixels * cout
     place = partial_ptr + sample * pixels * cout
-    place += (pixel * cout)[:, None] + n[None, :]
+    place += (r * cout)[:, None] + n[None, :]
     total = tl.load(place, keep, other=0.0)
     for segment in tl.static_range(1, SEGMENTS):
         total += tl.load(place + segment * whole, keep, other=0.0)
@@ -266,10 +268,9 @@ def add_segments_kernel(
         statistics_ptr,
         sample,
         first,
-        behind,
-        pixel,
+        rows,
+        r,
         column,
-        batch,
         pixels,
         pixels,
         cout,
@@ -287,7 +288,7 @@ def add_segments_kernel(
 def launch_conv(
     x: torch.Tensor,
     weight: torch.Tensor,
-    bias: torch.Tensor,
+    bias: torch.Tensor | None,
     out: torch.Tensor,
     *,
     second: torch.Tensor | None = None,
@@ -313,7 +314,7 @@ def launch_conv(
     Args:
         x, second: [B, H, W, c0] and [B, H, W, c1] or None; the convolution is over x's channels, then second's.
         weight: by `pack_weight`, 3x3 or 1x1; or by `phase_weights`, [4, ...]: the 3x3 convolution of the 2x image.
-        bias: float32 [c_out]; of a block with a shortcut, the sum of both biases.
+        bias: float32 [c_out]; of a block with a shortcut, the sum of both biases; None where it is in `row` already.
         out: [B, OH, OW, c_out].
         row: float32 [B, c_out], added to every pixel of its sample: the time embedding.
         residual: [B, OH, OW, c_out].
@@ -348,9 +349,10 @@ def launch_conv(
     steps = sum(triton.cdiv(count, k) for count in counts)
     segments = segments or (1 if up else segments_of(tall * wide, steps))
     if tile is None:
-        # 256 columns leave no registers for a second total or for statistics; and a 1x1 convolution is over too soon.
-        large = kernel > 1 and segments == 1 and not part
-        tile = tile_of(rows * phases, cout, k, x.dtype, wide=large, shared=_shared(x.device))
+        # Segments have a second total; statistics need registers; and a 1x1 convolution is over too soon.
+        most = 64 * 64 if segments > 1 else 128 * 128 if part or kernel == 1 else 128 * 256
+        spare = residual is None and not part
+        tile = tile_of(rows * phases, cout, k, x.dtype, most=most, spare=spare, shared=_shared(x.device))
     tiles = triton.cdiv(rows, tile.m) * triton.cdiv(cout, tile.n)
     split = segments > 1 and (side_by_side(tiles) if split is None else split)
     if split and workspace is None:
@@ -366,12 +368,12 @@ def launch_conv(
         _or(shortcut_x, x),
         _or(shortcut_second, x),
         _or(shortcut_weight, weight),
-        bias,
-        _or(row, bias),
+        _or(bias, out),
+        _or(row, out),
         _or(residual, out),
         out,
-        _or(workspace, bias),
-        _or(statistics, bias),
+        _or(workspace, out),
+        _or(statistics, out),
         batch,
         height,
         width,
@@ -405,6 +407,7 @@ def launch_conv(
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
         BLOCK_K=tile.k,
+        BIAS=bias is not None,
         ROW=row is not None,
         RESIDUAL=residual is not None,
         **end,
@@ -417,7 +420,7 @@ def launch_conv(
         add_segments_kernel[(triton.cdiv(rows, block_m), triton.cdiv(cout, 64))](
             workspace,
             out,
-            _or(statistics, bias),
+            _or(statistics, out),
             batch,
             pixels,
             cout // cout_unit,

@@ -5,18 +5,25 @@ import triton.language as tl
 
 
 @triton.jit
+def rows_left(batch, sample, pixels):
+    """How many rows there are from a sample's beginning on: int32, and no more than it holds."""
+    return tl.minimum((batch - sample) * pixels, 1 << 30).to(tl.int32)
+
+
+@triton.jit
 def begin(
     bias_ptr,
     row_ptr,
     residual_ptr,
     sample,  # int64, the tile's first
     behind,  # [BLOCK_M], samples behind that one
-    pixel,  # [BLOCK_M], in the output, counted from that sample's beginning
+    pixel,  # [BLOCK_M], in the output, counted from the first sample's beginning
+    valid,  # [BLOCK_M]
     n,  # [BLOCK_N]
-    batch,
     out_pixels,  # of a sample
     cout,
     wanted,  # else zeros
+    BIAS: tl.constexpr,
     ROW: tl.constexpr,
     RESIDUAL: tl.constexpr,
     ONE_SAMPLE: tl.constexpr,
@@ -25,14 +32,16 @@ def begin(
 ):
     """(bias + row) + residual, where the sum begins: after it they would need registers beside it, and spill."""
     inside = (n < cout) & wanted
-    keep = (sample + behind < batch)[:, None] & inside[None, :]
+    keep = valid[:, None] & inside[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    each = tl.load(bias_ptr + n, inside, other=0.0)
-    if ROW and ONE_SAMPLE:
-        each += tl.load(row_ptr + sample * cout + n, inside, other=0.0)
-    acc += each[None, :]
-    if ROW and not ONE_SAMPLE:
-        acc += tl.load(row_ptr + sample * cout + (behind * cout)[:, None] + n[None, :], keep, other=0.0)
+    if BIAS:
+        acc += tl.load(bias_ptr + n, inside, other=0.0)[None, :]
+    if ROW:
+        row = row_ptr + sample * cout
+        if ONE_SAMPLE:
+            acc += tl.load(row + n, inside, other=0.0)[None, :]
+        else:
+            acc += tl.load(row + (behind * cout)[:, None] + n[None, :], keep, other=0.0)
     if RESIDUAL:
         residual = residual_ptr + sample * out_pixels * cout
         acc += tl.load(residual + (pixel * cout)[:, None] + n[None, :], keep, other=0.0).to(tl.float32)
@@ -123,7 +132,7 @@ def accumulate(
             block = tl.where(wrap, 0, block)
         a = tl.load(a_ptr, there, other=0.0)
         w_ptr += row[:, None] * columns + n[None, :]
-        if FULL_K and FULL_N:
+        if FULL_K and FULL_N:  # noqa: SIM108
             w = tl.load(w_ptr)
         else:
             w = tl.load(w_ptr, real[:, None] & (n < columns)[None, :], other=0.0)
@@ -149,11 +158,10 @@ def finish(
     out_ptr,
     statistics_ptr,
     sample,  # int64, the tile's first
-    first,  # its first row here
-    behind,  # [BLOCK_M], samples behind that one
-    pixel,  # [BLOCK_M], in the output, counted from that sample's beginning
+    first,  # the tile's first row, counted from that sample's beginning
+    rows,  # that there are, counted so
+    pixel,  # [BLOCK_M], in the output, counted so
     column,  # the tile's first
-    batch,
     pixels,  # rows a sample, of a phase
     out_pixels,  # of a sample
     cout,
@@ -168,7 +176,7 @@ def finish(
 ):
     """Store acc * scale, and the statistics of what is stored."""
     n = column + tl.arange(0, BLOCK_N)
-    keep = (sample + behind < batch)[:, None] & (n < cout)[None, :]
+    keep = (first + tl.arange(0, BLOCK_M) < rows)[:, None] & (n < cout)[None, :]
     if SCALED:
         acc *= scale
     stored = acc.to(out_ptr.dtype.element_ty)
@@ -189,6 +197,6 @@ def finish(
         groups = cout // GROUP
         parts = out_pixels // PART
         to = statistics_ptr + (((sample + ahead) * parts + part) * groups * 2)[:, None] + (group * 2)[None, :]
-        written = (sample + ahead < batch)[:, None] & (group < groups)[None, :]
+        written = (r < rows)[:, None] & (group < groups)[None, :]
         tl.store(to, mean, written)
         tl.store(to + 1, squares, written)

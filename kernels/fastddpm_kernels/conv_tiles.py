@@ -33,28 +33,41 @@ def step_of(channels: tuple[int, ...], dtype: torch.dtype, *, flat: bool = False
     return next((k for k in (64, 32, 16) if all(c % k == 0 for c in given)), 64 if min(given) > 32 else 32)
 
 
-def tile_of(rows: int, cout: int, k: int, dtype: torch.dtype, *, wide: bool = True, shared: int = 232448) -> Tile:
+def tile_of(
+    rows: int,
+    cout: int,
+    k: int,
+    dtype: torch.dtype,
+    *,
+    most: int = 128 * 256,
+    spare: bool = True,
+    shared: int = 232448,
+) -> Tile:
     """The largest tile that fills the GPU with programs, for rows x cout outputs in steps of k.
 
-    `wide`: 256 columns will do. `shared`: bytes of shared memory that a program may have, an H100's unless given.
+    Args:
+        most: outputs, where registers are needed for something else.
+        spare: no residual and no statistics, which need more than 128 registers.
+        shared: bytes of shared memory that a program may have; an H100's unless given.
     """
     if dtype == torch.float32:
         return Tile(64, 16 if cout <= 16 else 64, k, 4, 2)
     if cout <= 16:  # the last convolution: its time is that of reading the image
         return Tile(128, 16, k, 4, 4)
+    hopper = shared > 200_000  # or Blackwell: before them a buffer is free as soon as it is read, and one less is held
     tiles = [
         # wgmma reads 128 bytes of shared memory a cycle at most. With 256 columns it wants 80 of them, and 48 are
         # written; with 128 columns 96 and 64. But 128 sums a thread leave no registers for a second program.
         Tile(128, 256, k, 8, 4),
         # 96 KB and 128 registers: two programs a multiprocessor, one multiplies while the other begins or ends.
-        Tile(128, 128, k, 8, 3, 128),
+        Tile(128, 128, k, 8, 3, 128 if hopper and spare else None),
         Tile(128, 64, k, 4, 3),  # 72 KB: three
         Tile(64, 64, k, 4, 4),  # 64 KB: three
     ]
-    for tile in tiles[0 if wide else 1 :]:
-        buffers = tile.stages - (shared < 200_000)  # before wgmma a buffer is free as soon as it is read
-        fits = 2 * (tile.m + tile.n) * tile.k * buffers <= shared
-        if fits and tile.n <= max(cout, 64) and -(-rows // tile.m) * -(-cout // tile.n) >= FILL:
+    for tile in tiles:
+        held = 2 * (tile.m + tile.n) * k * (tile.stages - (not hopper))
+        fits = held <= shared and tile.n <= max(cout, 64) and tile.m * tile.n <= most
+        if fits and -(-rows // tile.m) * -(-cout // tile.n) >= FILL:
             return tile
     return Tile(64, 32, k, 4, 4)
 

@@ -1,0 +1,108 @@
+"""Compile the convolutions of the CIFAR-10 UNet for several GPUs without one; print what the machine code shows, as JSON.
+
+Run by test_conv_codegen.py in a process of its own, since the tests' process interprets the kernels.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+from compile_kernels import CUOBJDUMP, TARGETS, launched
+from fastddpm_kernels import conv
+from triton.backends.compiler import GPUTarget
+
+SHARED = {80: 166912, 90: 232448, 100: 232448}  # bytes that a program may have
+# size of the input, its channels, output channels; then what else there is. The batch decides the tile.
+SHAPES: dict[str, tuple[tuple[int, int], tuple[int, ...], int, dict[str, Any]]] = {
+    "first-32": ((256, 32), (3,), 128, dict()),
+    "last-32": ((256, 32), (128,), 3, dict()),
+    "time-row-32": ((256, 32), (128,), 128, dict(row=True)),
+    "two-sources-32": ((256, 32), (256, 128), 128, dict(row=True)),
+    "shortcut-32": ((256, 32), (128,), 128, dict(shortcut=(256, 128))),
+    "residual-32": ((256, 32), (128,), 128, dict(residual=True)),
+    "statistics-32": ((256, 32), (256, 128), 128, dict(row=True, groups=32)),
+    "down-32": ((256, 32), (128,), 128, dict(stride=2, padding=0)),
+    "residual-16": ((256, 16), (256,), 256, dict(residual=True)),
+    "two-sources-16": ((256, 16), (256, 256), 256, dict(row=True)),
+    "up-16": ((256, 16), (256,), 256, dict(up=True)),
+    "1x1-residual-16": ((256, 16), (256,), 256, dict(kernel=1, residual=True)),
+    "segments-8": ((1024, 8), (256, 256), 256, dict(row=True)),
+    "batch-1-32": ((1, 32), (128,), 128, dict(row=True)),
+    "batch-1-4": ((1, 4), (256,), 256, dict(shortcut=(256, 256), groups=32)),
+}
+
+
+def launches(name: str, sm: int) -> list[Any]:
+    """What the launcher compiles for this shape on this GPU."""
+    (b, h), c_in, c_out, options = SHAPES[name]
+    options, zeros = dict(options), partial(torch.zeros, dtype=torch.bfloat16)
+    kernel, up, stride = options.pop("kernel", 3), options.pop("up", False), options.get("stride", 1)
+    rows, columns, side = sum(c_in) * (4 if up else kernel**2), c_out + -c_out % 8, 2 * h if up else h // stride
+    weight = zeros(4, rows, columns) if up else zeros(rows, columns)
+    if len(c_in) > 1:
+        options["second"] = zeros(b, h, h, c_in[1])
+    if options.get("residual"):
+        options["residual"] = zeros(b, side, side, c_out)
+    bias = None if options.get("row") else torch.zeros(c_out)
+    if options.get("row"):
+        options["row"] = torch.zeros(b, c_out)
+    if shortcut := options.pop("shortcut", None):
+        options |= dict(zip(("shortcut_x", "shortcut_second"), (zeros(b, h, h, c) for c in shortcut), strict=False))
+        options["shortcut_weight"] = zeros(sum(shortcut), columns)
+    if groups := options.pop("groups", None):
+        options["statistics"] = torch.zeros(b, side**2 // conv.statistics_rows(h * h if up else side**2), groups, 2)
+    conv._shared = lambda device: SHARED[sm]
+    out = zeros(b, side, side, c_out)
+    return launched(conv, conv.launch_conv, zeros(b, h, h, c_in[0]), weight, bias, out, **options)
+
+
+def inspect(compiled: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Registers, spills, shared memory, and the instructions that matter."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        run = [CUOBJDUMP, "-sass", "-res-usage", file.name]
+        text = subprocess.run(run, capture_output=True, text=True, check=True).stdout
+    sass = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", text)
+    usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
+    return {
+        "warps": options["num_warps"],
+        "registers": int(usage["REG"]),
+        "local": int(usage["LOCAL"]) + int(usage["STACK"]) + sum(op.startswith(("LDL", "STL")) for op in sass),
+        "shared": compiled.metadata.shared,
+        "products": sum(op.startswith(("HMMA", "HGMMA", "UTCHMMA")) for op in sass),
+        "unit": next((op.split(".")[0] for op in sass if op.startswith(("HMMA", "HGMMA", "UTCHMMA"))), ""),
+        "asynchronous": dict(Counter(op for op in sass if op.startswith("LDGSTS"))),
+        "stores": dict(Counter(op for op in sass if op.startswith("STG"))),
+        "instructions": sum(not op.startswith("NOP") for op in sass),
+    }
+
+
+def main() -> None:
+    jobs = [
+        (f"{name}{'+' * k}-sm{sm}", sm, *launch)
+        for name in SHAPES
+        for sm in TARGETS
+        for k, launch in enumerate(launches(name, sm))
+    ]
+
+    def build(job: tuple[str, int, Any, dict[str, Any]]) -> tuple[str, dict[str, Any]]:
+        name, sm, source, options = job
+        return name, inspect(triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options), options)
+
+    with ThreadPoolExecutor(2) as pool:
+        json.dump(dict(pool.map(build, jobs)), sys.stdout, indent=1)
+
+
+if __name__ == "__main__":
+    main()
