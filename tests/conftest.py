@@ -2,8 +2,9 @@
 
 import os
 
-# Before torch's import: two threads at most, and none that spins while it waits.
-os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
+# Before torch's import: two threads at most, one in each of `pytest -n`'s processes; none that spins while it waits.
+threads = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1)
+os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest

@@ -145,7 +145,7 @@ def test_the_readme_has_the_two_commands_that_ci_runs() -> None:
     readme = (ROOT / "README.md").read_text()
     run, test = (
         "pip install -c constraints.txt . && fastddpm sample",
-        "pip install -c constraints.txt '.[test]' && pytest",
+        "pip install -c constraints.txt '.[test]' && pytest -n auto",
     )
     assert f"<!-- ci: run -->\n```bash\n{run}\n```" in readme
     assert f"<!-- ci: test -->\n```bash\n{test}\n```" in readme
