@@ -47,9 +47,9 @@ def variants() -> dict[str, Launch]:
         "16x16-256+128": norm(16, 256, 128),
         "8x8-256-row": norm(8, 256, row=True),
         "4x4-256+256": norm(4, 256, 256),
-        "given-32x32-128": norm(32, 128, stats=(128, 4)),
-        "given-32x32-256+128": norm(32, 256, 128, stats=(128, 4)),
-        "given-16x16-256": norm(16, 256, stats=(128, 8)),
+        "given-32x32-128": norm(32, 128, stats=(64, 4)),
+        "given-32x32-256+128": norm(32, 256, 128, stats=(64, 4)),
+        "given-16x16-256": norm(16, 256, stats=(64, 8)),
         "split-256x256-128": norm(256, 128, split=True),
     }
     single = {name: launches[0] for name, launches in made.items() if len(launches) == 1}

@@ -225,8 +225,10 @@ def test_rows_may_be_slices_of_a_table_or_shared(launch):
 
 
 @pytest.mark.parametrize("launch", WAYS)
-def test_the_output_may_be_the_input(launch):
-    arguments, options = inputs((7, 5, 24, 0, 6))
+@pytest.mark.parametrize("shape", [(7, 5, 24, 0, 6), (7, 5, 48, 0, 4)])
+def test_the_output_may_be_the_input(shape, launch):
+    """Then a program that wrote what is another's would be seen: two tiles of 24 channels, padded to 32."""
+    arguments, options = inputs(shape)
     expected = run(launch, arguments, options)
     x, _, *parameters = arguments
     launch(x, None, x, *parameters, **options)
