@@ -120,6 +120,10 @@ def test_one_key_far_above_the_others(where, dtype):
     assert torch.equal(made, qkv[:, where : where + 1, 32:].double().expand_as(made))
 
 
+def test_several_heads_each_in_slices_of_v():
+    check_attention(random(2, 20, 3 * 3 * 64, dtype=torch.bfloat16), 3, AttentionTiles(32, 32, 16, 4, 1))
+
+
 def test_equal_scores_give_the_mean():
     qkv = random(1, 33, 3 * 16, dtype=torch.float32)
     qkv[..., :16] = 0.0
