@@ -1,4 +1,4 @@
-"""Compile the convolutions of the CIFAR-10 UNet for several GPUs without one; print what the machine code shows, as JSON.
+"""Compile the convolutions of the CIFAR-10 UNet for several GPUs without one; print what the code shows, as JSON.
 
 Run by test_conv_codegen.py in a process of its own, since the tests' process interprets the kernels.
 """
@@ -26,18 +26,15 @@ SHARED = {80: 166912, 90: 232448, 100: 232448}  # bytes that a program may have
 SHAPES: dict[str, tuple[tuple[int, int], tuple[int, ...], int, dict[str, Any]]] = {
     "first-32": ((256, 32), (3,), 128, dict()),
     "last-32": ((256, 32), (128,), 3, dict()),
-    "time-row-32": ((256, 32), (128,), 128, dict(row=True)),
     "two-sources-32": ((256, 32), (256, 128), 128, dict(row=True)),
     "shortcut-32": ((256, 32), (128,), 128, dict(shortcut=(256, 128))),
     "residual-32": ((256, 32), (128,), 128, dict(residual=True)),
     "statistics-32": ((256, 32), (256, 128), 128, dict(row=True, groups=32)),
     "down-32": ((256, 32), (128,), 128, dict(stride=2, padding=0)),
     "residual-16": ((256, 16), (256,), 256, dict(residual=True)),
-    "two-sources-16": ((256, 16), (256, 256), 256, dict(row=True)),
     "up-16": ((256, 16), (256,), 256, dict(up=True)),
     "1x1-residual-16": ((256, 16), (256,), 256, dict(kernel=1, residual=True)),
     "segments-8": ((1024, 8), (256, 256), 256, dict(row=True)),
-    "batch-1-32": ((1, 32), (128,), 128, dict(row=True)),
     "batch-1-4": ((1, 4), (256,), 256, dict(shortcut=(256, 256), groups=32)),
 }
 

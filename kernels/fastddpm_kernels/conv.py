@@ -20,6 +20,7 @@ from functools import lru_cache
 import torch
 import triton
 import triton.language as tl
+from triton.runtime import driver
 
 from .conv_parts import accumulate, begin, finish, rows_left
 from .conv_reference import COLUMNS
@@ -316,7 +317,7 @@ def launch_conv(
         weight: by `pack_weight`, 3x3 or 1x1; or by `phase_weights`, [4, ...]: the 3x3 convolution of the 2x image.
         bias: float32 [c_out]; of a block with a shortcut, the sum of both biases; None where it is in `row` already.
         out: [B, OH, OW, c_out].
-        row: float32 [B, c_out], added to every pixel of its sample: the time embedding.
+        row: float32 [B, c_out], added to every pixel of its sample: the time embedding, best with the bias in it.
         residual: [B, OH, OW, c_out].
         shortcut_x, shortcut_second, shortcut_weight: a 1x1 convolution, added; [B, H, W, s0], [B, H, W, s1] or None,
             and [s0 + s1, columns] by `pack_weight`. With a 3x3 or 1x1 convolution of stride 1 only.
@@ -351,7 +352,7 @@ def launch_conv(
     if tile is None:
         # Segments have a second total; statistics need registers; and a 1x1 convolution is over too soon.
         most = 64 * 64 if segments > 1 else 128 * 128 if part or kernel == 1 else 128 * 256
-        spare = residual is None and not part
+        spare = residual is None and not part and not flat
         tile = tile_of(rows * phases, cout, k, x.dtype, most=most, spare=spare, shared=_shared(x.device))
     tiles = triton.cdiv(rows, tile.m) * triton.cdiv(cout, tile.n)
     split = segments > 1 and (side_by_side(tiles) if split is None else split)
@@ -439,7 +440,7 @@ def _shared(device: torch.device) -> int:
     """Bytes of shared memory that a program may have."""
     if device.type != "cuda":
         return 232448
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
 
 
 def _or(tensor: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:

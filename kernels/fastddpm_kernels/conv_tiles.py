@@ -47,7 +47,7 @@ def tile_of(
 
     Args:
         most: outputs, where registers are needed for something else.
-        spare: no residual and no statistics, which need more than 128 registers.
+        spare: no residual, no statistics and not `flat`: these need more than 128 registers.
         shared: bytes of shared memory that a program may have; an H100's unless given.
     """
     if dtype == torch.float32:
