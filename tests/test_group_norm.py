@@ -334,6 +334,7 @@ def test_statistics_of_several_blocks_of_positions():
         ((4, 4, 32, 16, 3), 4, 8, 16),
         ((4, 4, 8, 24, 1), 8, 5, 5),
         ((1, 80, 4, 4, 2), 2, 2, 2),  # 40 tiles: more than are merged at a time
+        ((1, 80, 4, 4, 1), 4, 80, 2),  # of the second source alone
     ],
 )
 def test_statistics_that_are_given(shape, unit, tile, second_tile, dtype):
