@@ -142,7 +142,7 @@ def test_the_step_against_float64(last, learned):
     table[:, [col.S_0, col.S_V]] *= 0.1
     cursor = torch.tensor([0, 2, 1], dtype=torch.int32, device=DEVICE)
     nonfinite, out = torch.zeros_like(cursor), Guarded((batch, *shape))
-    read = (guidance, phi, None, None, True, False, False, learned, True)
+    read = (guidance, phi, None, None, None, True, False, False, learned, True)
     given = phi.clone()
     step_registration._launch(x, m, table, cursor, cursor.long(), nonfinite, *read, out=out.tensor)
     assert out.intact()

@@ -335,3 +335,15 @@ def test_a_cursor_comes_to_its_rows_time_in_the_times_own_dtype():
         advance_(cursor, t, table_of())
         assert cursor.tolist() == [1, 5, 5]
         assert t.tolist() == [40, 0, 0]
+
+
+def test_a_sample_may_be_one_number():
+    """A state of shape [B]: flagged, thresholded and rescaled as any other."""
+    x, m, seeds = torch.tensor([1.0, 2.0]), torch.tensor([0.5, torch.nan]), torch.zeros(2, dtype=torch.int64)
+    table, cursor = random_table(3, history=0).float().cpu(), torch.zeros(2, dtype=torch.int32)
+    table[:, col.RATIO] = 0.5
+    both, weights = torch.cat([m, m]), torch.tensor([2.0, 3.0])
+    for options in ({}, {"dynamic": True}, {"guidance": weights, "rescale": weights / 10}):
+        output = both if "guidance" in options else m
+        flags = reverse_step(x, output, table, cursor, seeds, **options)[2]
+        assert flags.tolist() == [0, 1]

@@ -241,7 +241,7 @@ def test_the_step_against_float64(guided, learned):
     table[:, [col.S_0, col.S_V]] *= 0.1
     seeds, nonfinite = torch.arange(4, device=DEVICE), torch.zeros(4, dtype=torch.int32, device=DEVICE)
     phi = weights.get("rescale")
-    read = (weights.get("guidance"), phi, None, None, True, True, True, learned, True)
+    read = (weights.get("guidance"), phi, None, None, None, True, True, True, learned, True)
     out, x0 = Guarded((4, 4, 8, 8)), Guarded((4, 4, 8, 8))
     step_registration._launch(x, m, table, cursor, seeds, nonfinite, *read, out=out.tensor, x0=x0.tensor)
     assert out.intact()

@@ -162,7 +162,8 @@ def rescale_factor(conditional: Tensor, m: Tensor, rescale: Tensor) -> Tensor:
     deviations over a sample; 1 where m is constant.
     """
     # From the first element, since the deviation of a constant must be 0 and not its rounding.
-    theirs, own = ((v.flatten(1) - v.flatten(1)[:, :1]).std(1, correction=0) for v in (conditional, m))
+    flat = (v.unsqueeze(-1).flatten(1) for v in (conditional, m))
+    theirs, own = ((v - v[:, :1]).std(1, correction=0) for v in flat)
     return torch.where(own == 0, 1.0, rescale * theirs / own + 1 - rescale)
 
 
@@ -172,7 +173,7 @@ def dynamic_bound(x0: Tensor, ratio: Tensor, clip: Tensor) -> Tensor:
     The `ratio`-quantile of a sample's abs(x0), interpolated linearly between its neighbours in the order, and kept
     within 1 ... clip.
     """
-    ordered = x0.abs().flatten(1).sort(dim=1).values
+    ordered = x0.abs().unsqueeze(-1).flatten(1).sort(dim=1).values
     position = ratio.double() * (ordered.shape[1] - 1)
     low = position.long()
     high = (low + 1).clamp(max=ordered.shape[1] - 1)
@@ -266,7 +267,7 @@ def finite_samples(*parts: Tensor) -> Tensor:
     """Whether all of a sample is finite, bool [B]; `parts` are [B, ...]."""
     if all(math.isfinite(part.sum().item()) for part in parts):  # the usual case, in a third of the time
         return torch.ones(len(parts[0]), dtype=torch.bool, device=parts[0].device)
-    return torch.stack([part.isfinite().flatten(1).all(dim=1) for part in parts]).all(dim=0)
+    return torch.stack([part.isfinite().unsqueeze(-1).flatten(1).all(dim=1) for part in parts]).all(dim=0)
 
 
 def common_row(table: Tensor, cursor: Tensor) -> list[float] | None:
