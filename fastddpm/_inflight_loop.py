@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import os
 import threading
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from concurrent.futures import Future
 from dataclasses import replace
+from itertools import islice
 
 from torch import Tensor
 
@@ -24,9 +26,10 @@ class Loop:
 
     def __init__(self, slots: Slots, max_pending: int, background: bool) -> None:
         self._slots, self._max_pending, self._background = slots, max_pending, background
-        self._lock = threading.Condition()  # of all that submitters see: what stands before the empty line
-        self._queue: deque[Request] = deque()
-        self._waiting: deque[object] = deque()  # submitters, in their order
+        self._lock = threading.RLock()  # of all that submitters see: what stands before the empty line
+        self._come = threading.Condition(self._lock)  # where the thread waits for requests
+        self._queue: OrderedDict[Future[Tensor], Request] = OrderedDict()
+        self._waiting: deque[threading.Condition] = deque()  # submitters, in their order
         self._closed = False
         self._look = False  # whether a request in the batch was cancelled
         self._thread: threading.Thread | None = None
@@ -44,25 +47,22 @@ class Loop:
         """Queue a request, when there is room for it, and start the thread."""
         if not self._background or self._in_a_step():
             timeout = 0  # nobody else would make room
-        ticket = object()
+        ticket = threading.Condition(self._lock)  # its own: room for one wakes one
         with self._lock:
             self._waiting.append(ticket)
             try:
-                if not self._lock.wait_for(lambda: self._closed or self._turn_of(ticket), timeout):
+                if not ticket.wait_for(lambda: self._closed or self._turn_of(ticket), timeout):
                     raise BusyError(
                         f"the queue is full: {len(self._queue)} requests (max_pending) wait for one of "
                         f"{len(self._slots)} slots; submit later, with a longer timeout, or raise max_pending"
                     )
                 self.check_open()
-                self._queue.append(request)
+                self._start()
+                self._queue[request.future] = request
                 self._counts.submitted += 1
             finally:
                 self._waiting.remove(ticket)
-                self._lock.notify_all()
-            if self._background and self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="fastddpm in-flight loop", daemon=True)
-                _LOOPS.add(self)
-                self._thread.start()
+                self._wake()
         loop = weakref.ref(self)  # a future is kept by its user: it may not keep the model
 
         def forget(future: Future[Tensor]) -> None:
@@ -71,9 +71,23 @@ class Loop:
 
         request.future.add_done_callback(forget)
 
+    def _start(self) -> None:
+        """Start the thread, where there is to be one; raises what `Thread.start` raises, and may be called again."""
+        if self._background and self._thread is None:
+            thread = threading.Thread(target=self._work, name="fastddpm in-flight loop", daemon=True)
+            thread.start()
+            self._thread = thread
+            _LOOPS.add(self)
+
+    def _wake(self) -> None:
+        """The queue has changed: wake the thread, and the first who waits for room; all of them when it is closed."""
+        self._come.notify()
+        for ticket in islice(self._waiting, None if self._closed else 1):
+            ticket.notify()
+
     def _in_a_step(self) -> bool:
-        """Whether this is called by what a step calls: the model, `progress`, a future's callback."""
-        return threading.current_thread() is self._stepper
+        """Whether this is called by what a step calls, or the thread: the model, `progress`, a future's callback."""
+        return threading.current_thread() in (self._stepper, self._thread)
 
     def _turn_of(self, ticket: object) -> bool:
         return self._waiting[0] is ticket and len(self._queue) < self._max_pending
@@ -85,13 +99,14 @@ class Loop:
 
     def _forget(self, future: Future[Tensor]) -> None:
         """A request that was cancelled in the queue makes room at once; for one in the batch the next step looks."""
+        if not future.cancelled():
+            return
         with self._lock:
-            found = next((request for request in self._queue if request.future is future), None)
+            found = self._queue.pop(future, None)
             if found is None:
-                self._look = self._look or future.cancelled()
+                self._look = True
                 return
-            self._queue.remove(found)
-            self._lock.notify_all()
+            self._wake()
         self._owns(found)
 
     def counts(self) -> Counts:
@@ -104,8 +119,8 @@ class Loop:
         """No more requests; those there are finished, or cancelled."""
         with self._lock:
             self._closed = True
-            self._lock.notify_all()
-            there = [*self._queue, *self._running.values()] if cancel else []
+            self._wake()
+            there = [*self._queue.values(), *self._running.values()] if cancel else []
         for request in there:
             request.future.cancel()
         if not wait or self._in_a_step():
@@ -117,6 +132,14 @@ class Loop:
                 pass
         self._slots.forget()
 
+    def forked(self) -> None:
+        """In a child of a process: the thread is not there, nor who held a lock; the requests are the parent's."""
+        self._lock = threading.RLock()
+        self._come = threading.Condition(self._lock)
+        self._closed, self._thread, self._stepper = True, None, None
+        for there in (self._queue, self._waiting, self._running, self._taken):
+            there.clear()
+
     # --- in the loop's thread -----------------------------------------------------------------------------------------
 
     def _work(self) -> None:
@@ -124,7 +147,7 @@ class Loop:
             with self._slots.context():
                 while True:
                     with self._lock:
-                        self._lock.wait_for(lambda: self._queue or self._closed)
+                        self._come.wait_for(lambda: self._queue or self._closed)
                         if not self._queue:
                             return
                     while self._step():
@@ -132,11 +155,11 @@ class Loop:
         except BaseException as error:  # of ours, or an exit: nobody may wait for a loop that is gone
             with self._lock:
                 self._closed = True
-                there = [*self._queue, *self._running.values(), *(request for request, _ in self._taken)]
+                there = [*self._queue.values(), *self._running.values(), *(request for request, _ in self._taken)]
                 self._queue.clear()
                 self._running.clear()
                 self._taken.clear()
-                self._lock.notify_all()
+                self._wake()
             for request in there:
                 self._fail(request, error)
             raise
@@ -191,22 +214,24 @@ class Loop:
         with self._lock:
             if not self._queue:
                 return False
-            request = self._queue[0]
+            request = next(iter(self._queue.values()))
             first_row = self._slots.tables.acquire(request.start.program)
             if first_row is None:
                 return False
-            self._queue.popleft()
+            self._queue.popitem(last=False)
             self._running[slot] = request
-            self._lock.notify_all()
+            self._wake()
         if request.future.cancelled():  # just now
             self._leave(slot)
             self._owns(request)
             return True
         try:
             self._slots.fill(slot, request.start, first_row)
-        except Exception as error:
+        except BaseException as error:  # Ctrl-C too: nobody may go on from a slot that was filled by half
             self._leave(slot)
             self._fail(request, error)
+            if not isinstance(error, Exception):
+                raise
         else:
             self._left.discard(slot)
         return True
@@ -216,18 +241,23 @@ class Loop:
         with self._lock:
             self._counts.steps += 1
             self._counts.occupied += len(self._running)
-        for slot, request in list(self._running.items()):
+        for request in self._running.values():  # all of them, before a `progress` can raise
             request.done += 1
+        stop: BaseException | None = None
+        for slot, request in list(self._running.items()):
             if request.progress is not None and not request.future.cancelled():
                 try:
                     request.progress(request.done, request.rows)
-                except Exception as error:
+                except BaseException as error:
                     self._leave(slot)
                     self._fail(request, error)
+                    stop = stop if isinstance(error, Exception) else error
                     continue
-            if request.done == request.rows:
+            if request.done >= request.rows:  # greater, where Ctrl-C came between a step and this
                 self._taken.append((request, self._slots.take(slot)))
                 self._leave(slot)
+        if stop is not None:
+            raise stop
 
     def _leave(self, slot: int) -> None:
         with self._lock:
@@ -267,6 +297,9 @@ class Loop:
         return False
 
     def _fail(self, request: Request, error: BaseException) -> None:
+        if isinstance(error, StopIteration):  # no asyncio future can have it: who awaits would wait for ever
+            cause, error = error, RuntimeError("the model, or progress, raised StopIteration")
+            error.__cause__ = cause
         if self._owns(request):
             self._count("failed")
             request.future.set_exception(error)
@@ -284,3 +317,12 @@ def _at_exit() -> None:
     """A thread that is in torch while the interpreter goes down brings the process down."""
     for loop in list(_LOOPS):
         loop.close(cancel=True)
+
+
+def _in_a_child() -> None:
+    for loop in list(_LOOPS):
+        loop.forked()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_in_a_child)

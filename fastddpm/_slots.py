@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import deque
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -22,10 +23,21 @@ from .errors import GraphCaptureError
 from .models import memory_format_of, tensor_of
 from .sampler import Sampler
 
+AHEAD = 2  # steps that are launched and not done: with one the device would wait for the host's work on the next
+
+
+def mark(device: torch.device) -> Any:
+    """An event behind all that was launched on the current stream so far; None on a CPU, where all is done."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event(blocking=True)  # who waits for it sleeps, and leaves the processor to submitters
+    event.record(torch.cuda.current_stream(device))
+    return event
+
 
 @dataclass(frozen=True)
 class Start:
-    """What a sample begins with; its tensors are on the device, and nobody else's.
+    """What a sample begins with; its tensors are on the device or in pinned memory, and nobody else's.
 
     Attributes:
         program: its table.
@@ -33,6 +45,7 @@ class Start:
         x_T: [C, H, W], float32, or None: from the seed.
         weight: of guidance.
         kwargs: the rows of the model's keyword arguments, as `SlotKwargs.rows` makes them.
+        made: an event: when the device has made its tensors.
     """
 
     program: Program
@@ -40,6 +53,7 @@ class Start:
     x_T: Tensor | None
     weight: float
     kwargs: list[Tensor]
+    made: Any  # torch.cuda.Event, or None
 
 
 @dataclass(frozen=True)
@@ -87,9 +101,9 @@ class Slots:
         max_rows: int,
     ) -> None:
         self._like, self.device, self._kwargs = like, like._device(None), kwargs
-        zeros = partial(torch.zeros, device=self.device)
+        zeros = partial(torch.zeros, device=self.device)  # with dtypes: the default one is the user's
         whole, calls = (slots, *shape), (2 if guided else 1) * slots
-        self._x = zeros(whole)
+        self._x = zeros(whole, dtype=torch.float32)
         self._model_input = torch.zeros(calls, *shape, dtype=like._model_dtype(), device=self.device).contiguous(
             memory_format=memory_format_of(like.model, whole)
         )
@@ -97,13 +111,14 @@ class Slots:
         self._cursors = zeros((2, slots), dtype=torch.int32)
         self._seeds = zeros(slots, dtype=torch.int64)
         self._nonfinite = zeros(slots, dtype=torch.int32)
-        self._weights = torch.ones(slots, device=self.device) if guided else None
+        self._weights = torch.ones(slots, dtype=torch.float32, device=self.device) if guided else None
         self._history: list[Tensor] = []
         self.tables = TableRows(max_rows, self.device)
         self._needs = Needs()
         self._loop_step = self._make_step()
         self._run: Callable[[], None] | None = None  # a step; None: to be made
         self._made_for: Hashable = None
+        self._launched: deque[Any] = deque()  # events of the last steps
 
     def __len__(self) -> int:
         return len(self._x)
@@ -112,10 +127,11 @@ class Slots:
         """Let a sample begin in a slot. Raises `InputError` where the model has no learned variance to give."""
         self._grow(start.program.needs)
         self._notice_changes()
+        self._receive(start)
         row, begin = start.program.rows[0], slice(slot, slot + 1)
         self._seeds[begin].fill_(start.seed)
         if start.x_T is not None:
-            self._x[slot].copy_(start.x_T)
+            self._x[slot].copy_(start.x_T, non_blocking=True)
         else:
             drawn = initial_noise(self._seeds[begin], self._x.shape[1:], self._x.dtype)
             self._x[begin].copy_(start.program.table.init_noise_sigma * drawn)
@@ -123,6 +139,15 @@ class Slots:
             self._weights[begin].fill_(start.weight)
         self._kwargs.fill(slot, start.kwargs)
         self._stand(slot, first_row, float(row[col.T]), float(row[col.C_IN]))
+
+    def _receive(self, start: Start) -> None:
+        """Wait, on this stream, for what was made on another one, which may not reuse its memory before."""
+        if start.made is not None:
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_event(start.made)
+            for tensor in (start.x_T, *start.kwargs):
+                if tensor is not None and tensor.is_cuda:
+                    tensor.record_stream(stream)
 
     def empty(self, slot: int) -> None:
         """Let a slot stand at the identity row, with nothing left in it that is not finite."""
@@ -140,14 +165,23 @@ class Slots:
             times[slot : slot + 1].fill_(t)
 
     def step(self) -> None:
-        """Evaluate the model once, and apply each sample's row."""
+        """Evaluate the model once, and apply each sample's row; then wait until the device is but `AHEAD` steps behind.
+
+        Launches return at once. A loop that did not wait would have launched a sample's thousand steps before the
+        device did the first, and who came then would have to wait for them all, beside empty slots.
+        """
         if self._run is None:
             self._run = self._launcher()
         self._run()
+        if (event := mark(self.device)) is not None:
+            self._launched.append(event)
+            if len(self._launched) > AHEAD:
+                self._launched.popleft().synchronize()
 
     def forget(self) -> None:
         """Free the graph, and the memory that it holds; the next step is captured anew."""
         self._run = None
+        self._launched.clear()
 
     def take(self, slot: int) -> Taken:
         """A copy of a slot's sample, and whether all was finite."""
@@ -155,11 +189,9 @@ class Slots:
         found = torch.stack([self._nonfinite[slot], sample.isfinite().all().logical_not().int()])
         if self.device.type == "cpu":
             return Taken(sample, found, None)
-        verdict = torch.empty(2, dtype=torch.int32, pin_memory=True)
+        verdict = torch.empty(2, dtype=torch.int32, device="cpu", pin_memory=True)
         verdict.copy_(found, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self.device))
-        return Taken(sample, verdict, event)
+        return Taken(sample, verdict, mark(self.device))
 
     @contextmanager
     def context(self) -> Iterator[None]:

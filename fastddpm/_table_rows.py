@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -65,7 +66,7 @@ class Program:
 @dataclass
 class _Held:
     start: int
-    rows: int
+    end: int
     users: int = field(default=0)
 
 
@@ -80,11 +81,12 @@ class TableRows:
     IDLE = 0
 
     def __init__(self, rows: int, device: torch.device) -> None:
-        self.tensor = torch.zeros(rows, len(col.COLUMNS), device=device)
+        self.tensor = torch.zeros(rows, len(col.COLUMNS), dtype=torch.float32, device=device)
         self.tensor[self.IDLE, [col.C_IN, col.X_X]] = 1.0
         self.tensor[self.IDLE, col.CLIP] = torch.inf
         self.uploads = 0
         self._held: OrderedDict[bytes, _Held] = OrderedDict()  # the least recently used first
+        self._in_order: list[_Held] = []  # of their places
 
     def check(self, program: Program) -> None:
         """Raises `InputError` for a table for which there will never be room."""
@@ -100,7 +102,8 @@ class TableRows:
                 return None
             self.tensor[start : start + len(program.rows)].copy_(program.rows, non_blocking=True)
             self.uploads += 1
-            held = self._held[program.key] = _Held(start, len(program.rows))
+            held = self._held[program.key] = _Held(start, start + len(program.rows))
+            insort(self._in_order, held, key=_start)
         held.users += 1
         self._held.move_to_end(program.key)
         return held.start
@@ -111,18 +114,29 @@ class TableRows:
 
     def _room_for(self, rows: int) -> int | None:
         """The first of so many free rows; tables that nobody uses leave for it, the least recently used first."""
-        unused = iter([key for key, held in self._held.items() if held.users == 0])
-        while True:
-            for start, end in self._gaps():
-                if end - start >= rows:
-                    return start
-            if (key := next(unused, None)) is None:
-                return None
-            del self._held[key]
+        for start, end in self._gaps():
+            if end - start >= rows:
+                return start
+        for key in [key for key, held in self._held.items() if held.users == 0]:
+            start, end = self._drop(key)
+            if end - start >= rows:
+                return start
+        return None
 
     def _gaps(self) -> Iterator[tuple[int, int]]:
         at = self.IDLE + 1
-        for held in sorted(self._held.values(), key=lambda held: held.start):
+        for held in self._in_order:
             yield at, held.start
-            at = held.start + held.rows
+            at = held.end
         yield at, len(self.tensor)
+
+    def _drop(self, key: bytes) -> tuple[int, int]:
+        """Let a table leave; returns the gap that there is now."""
+        at = bisect_left(self._in_order, self._held.pop(key).start, key=_start)
+        del self._in_order[at]
+        start = self._in_order[at - 1].end if at else self.IDLE + 1
+        return start, self._in_order[at].start if at < len(self._in_order) else len(self.tensor)
+
+
+def _start(held: _Held) -> int:
+    return held.start

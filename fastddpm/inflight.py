@@ -17,8 +17,8 @@ from torch import Tensor
 from . import solvers
 from ._inflight_loop import Loop
 from ._requests import Counts, Progress, Request
-from ._slot_kwargs import SlotKwargs
-from ._slots import Slots, Start
+from ._slot_kwargs import SlotKwargs, near
+from ._slots import Slots, Start, mark
 from ._table_rows import Program
 from .errors import InputError
 from .graphs import RecentlyUsed
@@ -105,8 +105,8 @@ class InflightSampler:
         like = Sampler(model, step_table([0.0], x_x=1.0), dtype=dtype, device=device, graph=graph, batch_size=slots)
         self.shape = like._checked((slots, *shape), 0).shape[1:]
         self._device, self._guided = like._device(None), unconditional_kwargs is not None
-        self._kwargs = SlotKwargs(model_kwargs or {}, unconditional_kwargs, slots, self._device)
         with torch.inference_mode(False):
+            self._kwargs = SlotKwargs(model_kwargs or {}, unconditional_kwargs, slots, self._device)
             made = Slots(
                 like,
                 self.shape,
@@ -116,7 +116,8 @@ class InflightSampler:
                 guided=self._guided,
                 max_rows=MAX_ROWS,
             )
-        self._settle()
+        if self._device.type == "cuda":  # what was made on the caller's stream is used on the loop's
+            torch.cuda.current_stream(self._device).synchronize()
         self._tables, self._slots, self._background = made.tables, slots, background
         self._programs: RecentlyUsed[Program] = RecentlyUsed(MAX_PROGRAMS)
         self._making = threading.Lock()  # of the programs
@@ -172,8 +173,8 @@ class InflightSampler:
                 x_T=self._state(x_T),
                 weight=self._weight(guidance_scale),
                 kwargs=self._kwargs.rows(model_kwargs),
+                made=mark(self._device),
             )
-        self._settle()
         request = Request(Future(), start, seed, progress, start.program.table.num_rows)
         self._loop.put(request, timeout)
         return request.future
@@ -212,11 +213,6 @@ class InflightSampler:
         counts = self.counts
         return counts.occupied / max(1, counts.steps * self._slots)
 
-    def _settle(self) -> None:
-        """What was made on the caller's stream is read on the loop's."""
-        if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()
-
     # --- what a request gives, checked --------------------------------------------------------------------------------
 
     def _program(
@@ -254,7 +250,8 @@ class InflightSampler:
         if not isinstance(x_T, Tensor) or not x_T.is_floating_point() or tuple(x_T.shape) != self.shape:
             what = f"{x_T.dtype} {tuple(x_T.shape)}" if isinstance(x_T, Tensor) else type(x_T).__name__
             raise InputError(f"x_T is a {what}; needed: a tensor of a float dtype, of one sample's shape {self.shape}")
-        return x_T.detach().to(self._device, torch.float32, copy=True, memory_format=torch.contiguous_format)
+        mine = x_T.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        return near(mine, self._device)
 
     def _weight(self, scale: float | None) -> float:
         if scale is None:
