@@ -96,7 +96,7 @@ def accumulate(
             shift = taps // KERNEL * width + taps % KERNEL
             a_ptr = x + (pixel[:, None] + shift[None, :]) * c0 + (row - taps * c0)[None, :]
             real = row < TAPS * c0
-            there = (((inside[:, None] >> taps[None, :]) & 1) != 0) & real[None, :]
+            there = ((inside[:, None] >> taps[None, :]) & 1) != 0  # beyond the last tap no bit is set
             w_ptr = weight
         else:
             a_base, w_base, channels, at, row0 = x, weight, c0, block * BLOCK_K, tap * c0
