@@ -1,0 +1,77 @@
+"""The engine on fastddpm's kernels, interpreted where there is no GPU: networks against the module in float64."""
+
+import copy
+
+import pytest
+import torch
+from helpers import DEVICE
+
+from fastddpm import UNet, engine
+from fastddpm.unet_config import UNetConfig
+
+SMALL = dict(sample_size=8, block_out_channels=(16, 32), norm_num_groups=8, attention_head_dim=16, layers_per_block=1)
+ATTENDS = dict(
+    down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+    up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+)
+PLAIN = dict(down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)
+CONFIGS = {
+    "attention": UNetConfig(**SMALL, **ATTENDS),
+    "scale and shift, rescaled": UNetConfig(
+        **SMALL, **ATTENDS, resnet_time_scale_shift="scale_shift", mid_block_scale_factor=1.4142
+    ),
+    "groups of 12, other padding, classes": UNetConfig(
+        **SMALL | {"block_out_channels": (32, 64), "norm_num_groups": 8},
+        **PLAIN,
+        add_attention=False,
+        downsample_padding=0,
+        num_class_embeds=3,
+        in_channels=1,
+        out_channels=2,
+    ),
+}
+
+
+def made(config: UNetConfig) -> UNet:
+    torch.manual_seed(0)
+    net = UNet(config).eval().requires_grad_(False).to(DEVICE)
+    for name, parameter in net.named_parameters():
+        if "norm" in name:
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return net
+
+
+def inputs(config: UNetConfig, batch: int = 2):
+    x = torch.randn(batch, config.in_channels, 8, 8, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    labels = None if config.num_class_embeds is None else (torch.arange(batch) % 3).to(DEVICE)
+    return x, torch.tensor([999, 3, 500], device=DEVICE)[:batch], labels
+
+
+def rms(x: torch.Tensor) -> float:
+    return float(x.double().square().mean().sqrt())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_it_is_the_module(name, dtype):
+    config = CONFIGS[name]
+    net, (x, t, labels) = made(config), inputs(config)
+    truth = copy.deepcopy(net).double()(x.double(), t, labels)
+    eager = copy.deepcopy(net).to(dtype)(x.to(dtype), t, labels)
+    fast = engine.compile(net, batch=2, dtype=dtype, kernels=True)(x, t, labels)
+    assert fast.shape == truth.shape
+    assert rms(fast - truth) <= 2 * rms(eager - truth)
+
+
+def test_memory_that_is_shared_keeps_nothing_and_a_sample_is_its_own():
+    """Poisoned memory, another order of the samples, another call between: the same bits."""
+    config = CONFIGS["attention"]
+    fast = engine.compile(made(config), batch=2, kernels=True)
+    x, t, _ = inputs(config)
+    first = fast(x, t)
+    for memory in fast._memory._values.values():
+        for value in memory.values():
+            value.fill_(torch.nan)
+    again = fast(x.flip(0), t.flip(0))
+    assert torch.equal(again.flip(0), first)
+    assert not again.isnan().any()
