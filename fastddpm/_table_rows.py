@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -66,7 +65,7 @@ class Program:
 @dataclass
 class _Held:
     start: int
-    end: int
+    rows: int
     users: int = field(default=0)
 
 
@@ -86,7 +85,7 @@ class TableRows:
         self.tensor[self.IDLE, col.CLIP] = torch.inf
         self.uploads = 0
         self._held: OrderedDict[bytes, _Held] = OrderedDict()  # the least recently used first
-        self._in_order: list[_Held] = []  # of their places
+        self._free = [(self.IDLE + 1, rows)]  # (start, end), in order, no two of them side by side
 
     def check(self, program: Program) -> None:
         """Raises `InputError` for a table for which there will never be room."""
@@ -102,8 +101,7 @@ class TableRows:
                 return None
             self.tensor[start : start + len(program.rows)].copy_(program.rows, non_blocking=True)
             self.uploads += 1
-            held = self._held[program.key] = _Held(start, start + len(program.rows))
-            insort(self._in_order, held, key=_start)
+            held = self._held[program.key] = _Held(start, len(program.rows))
         held.users += 1
         self._held.move_to_end(program.key)
         return held.start
@@ -114,29 +112,31 @@ class TableRows:
 
     def _room_for(self, rows: int) -> int | None:
         """The first of so many free rows; tables that nobody uses leave for it, the least recently used first."""
-        for start, end in self._gaps():
+        for gap, (start, end) in enumerate(self._free):
             if end - start >= rows:
-                return start
+                return self._take(gap, rows)
         for key in [key for key, held in self._held.items() if held.users == 0]:
-            start, end = self._drop(key)
+            gap = self._drop(key)
+            start, end = self._free[gap]
             if end - start >= rows:
-                return start
+                return self._take(gap, rows)
         return None
 
-    def _gaps(self) -> Iterator[tuple[int, int]]:
-        at = self.IDLE + 1
-        for held in self._in_order:
-            yield at, held.start
-            at = held.end
-        yield at, len(self.tensor)
+    def _take(self, gap: int, rows: int) -> int:
+        start, end = self._free.pop(gap)
+        if start + rows < end:
+            self._free.insert(gap, (start + rows, end))
+        return start
 
-    def _drop(self, key: bytes) -> tuple[int, int]:
-        """Let a table leave; returns the gap that there is now."""
-        at = bisect_left(self._in_order, self._held.pop(key).start, key=_start)
-        del self._in_order[at]
-        start = self._in_order[at - 1].end if at else self.IDLE + 1
-        return start, self._in_order[at].start if at < len(self._in_order) else len(self.tensor)
-
-
-def _start(held: _Held) -> int:
-    return held.start
+    def _drop(self, key: bytes) -> int:
+        """Let a table leave; returns which gap there is now."""
+        held = self._held.pop(key)
+        start, end = held.start, held.start + held.rows
+        gap = bisect_left(self._free, (start, end))
+        if gap < len(self._free) and self._free[gap][0] == end:
+            end = self._free.pop(gap)[1]
+        if gap and self._free[gap - 1][1] == start:
+            gap -= 1
+            start = self._free.pop(gap)[0]
+        self._free.insert(gap, (start, end))
+        return gap
