@@ -121,6 +121,7 @@ VARIANTS = {
     "one pixel": dict(size=(3, 1, 1), c_in=(8,), c_out=8, row=True),
     "one channel": dict(size=(1, 3, 2), c_in=(1,), c_out=1),
     "stride 2": dict(size=(2, 8, 6), c_in=(16,), c_out=16, stride=2),
+    "stride 2, tiles": dict(size=(2, 16, 16), c_in=(8,), c_out=8, stride=2),
     "stride 2, odd": dict(size=(2, 5, 7), c_in=(16,), c_out=16, stride=2),
     "downsample_padding 0": dict(size=(2, 8, 6), c_in=(16,), c_out=16, stride=2, padding=0),
     "downsample_padding 0, odd": dict(size=(2, 5, 7), c_in=(16,), c_out=16, stride=2, padding=0),
