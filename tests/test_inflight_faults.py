@@ -279,7 +279,7 @@ def test_it_is_made_in_inference_mode_with_arguments():
 
 
 def test_the_default_dtype_changes_nothing():
-    net, one = Net(), Asked(3, "ddpm", 4, label=2, weight=2.0, x_T=torch.ones(SHAPE))
+    net, one = Net(), Asked(3, "unipc", 4, label=2, weight=2.0, x_T=torch.ones(SHAPE))
 
     def model(x, t, class_labels):
         return net(x, t.float(), class_labels)  # a whole number times 0.01 is of the default dtype
