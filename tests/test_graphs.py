@@ -7,7 +7,9 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -490,6 +492,138 @@ ON_GPU = {
             sampler.sample((2, 1, 16, 16), seeds=0), Sampler(net, table, graph=False).sample((2, 1, 16, 16), seeds=0)
         )
     """,
+    "results_stay": """
+        sampler = Sampler(net, table, graph=True)
+        first = sampler.sample((2, 1, 16, 16), seeds=0)
+        kept = first.clone()
+        sampler.sample((2, 1, 16, 16), seeds=1)
+        assert torch.equal(first, kept)
+        first.zero_()  # nor is it a buffer
+        assert torch.equal(sampler.sample((2, 1, 16, 16), seeds=0), kept)
+    """,
+    "what_was_given_may_be_freed": """
+        def model(x, t, shift):
+            return net(x, t) + shift[:, None, None, None]
+        sampler = Sampler(model, table, graph=True)
+        for value in (0.1, 0.2):
+            shift, x_T = torch.full((2,), value, device="cuda"), torch.ones(2, 1, 16, 16, device="cuda")
+            given = dict(x_T=x_T, model_kwargs={"shift": shift})
+            expected = Sampler(model, table, graph=False).sample(x_T.shape, seeds=0, **given)
+            assert torch.equal(sampler.sample(x_T.shape, seeds=0, **given), expected)
+            assert shift.tolist() == [shift[0].item()] * 2 and (x_T == 1).all()
+            del shift, x_T, given
+            waste = [torch.full((n,), float("nan"), device="cuda") for n in (2, 512, 1 << 20)]
+    """,
+    "hooks_train_mode_and_autocast_are_noticed": """
+        sampler = Sampler(net, table, graph=True)
+        def agree():
+            made = [s.sample((2, 1, 16, 16), seeds=0) for s in (sampler, Sampler(net, table, graph=False))]
+            assert torch.equal(*made)
+            return made[0]
+        plain = agree()
+        hook = net.register_forward_hook(lambda module, given, made: 0.5 * getattr(made, "sample", made))
+        assert not torch.equal(agree(), plain)
+        hook.remove()
+        net.train()
+        agree()
+        net.eval()
+        assert torch.equal(agree(), plain)
+        with torch.autocast("cuda", torch.bfloat16):
+            agree()
+        assert torch.equal(agree(), plain)
+    """,
+    "another_stream": """
+        expected = Sampler(net, table, graph=False).sample((2, 1, 16, 16), seeds=0, x_T=torch.ones(2, 1, 16, 16).cuda())
+        sampler, side = Sampler(net, table, graph=True), torch.cuda.Stream()
+        for _ in range(3):  # captured there, replayed there
+            with torch.cuda.stream(side):
+                torch.cuda._sleep(10**7)
+                x_T = torch.zeros(2, 1, 16, 16, device="cuda").add_(1)
+                made = sampler.sample(x_T.shape, seeds=0, x_T=x_T)
+                del x_T
+                sum_ = made.sum()
+            torch.cuda.current_stream().wait_stream(side)
+            assert torch.equal(made, expected) and torch.equal(sum_, expected.sum())
+        torch.cuda._sleep(10**7)
+        assert torch.equal(sampler.sample((2, 1, 16, 16), seeds=0, x_T=torch.ones(2, 1, 16, 16).cuda()), expected)
+    """,
+    "other_threads_go_on": """
+        import threading
+        stop, errors = threading.Event(), []
+        def work():
+            try:
+                while not stop.is_set():  # none of this is allowed in the thread that captures
+                    assert torch.ones(1 << 20, device="cuda").sum().item() == 1 << 20
+                    torch.cuda.empty_cache()
+            except Exception as error:
+                errors.append(error)
+        threads = [threading.Thread(target=work) for _ in range(2)]
+        for thread in threads: thread.start()
+        for _ in range(5):
+            Sampler(net, table, graph=True).sample((2, 1, 16, 16), seeds=0)
+        stop.set()
+        for thread in threads: thread.join()
+        assert not errors, errors
+    """,
+    "one_sampler_in_many_threads": """
+        import threading
+        sampler, made = Sampler(net, table, graph=True), {}
+        def work(seed):
+            made[seed] = sampler.sample((2 + seed % 2, 1, 16, 16), seeds=seed)
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
+        for thread in threads: thread.start()
+        for thread in threads: thread.join()
+        for seed, sample in made.items():
+            assert torch.equal(sample, Sampler(net, table, graph=False).sample(sample.shape, seeds=seed))
+        assert len(made) == 6
+    """,
+    "a_graph_that_is_freed_during_a_capture": """
+        import gc
+        others = [Sampler(net, table, graph=True) for _ in range(2)]
+        for other in others: other.sample((2, 1, 16, 16), seeds=0)
+        others[0].itself = others[0]  # for the garbage collector
+        def model(x, t):
+            if torch.cuda.is_current_stream_capturing() and others:
+                others.clear()
+                gc.collect()
+            return net(x, t)
+        made = Sampler(model, table, graph=True).sample((2, 1, 16, 16), seeds=0)
+        assert not others and torch.equal(made, Sampler(net, table, graph=False).sample((2, 1, 16, 16), seeds=0))
+        whole()
+    """,
+    "many_shapes_keep_four_graphs": """
+        sampler, made = Sampler(net, table, graph=True), {}
+        for batch in (1, 2, 3, 4, 5, 6, 1, 6, 2):
+            sample = sampler.sample((batch, 1, 16, 16), seeds=0)
+            assert torch.equal(sample, made.setdefault(batch, sample))
+        assert len(sampler._captured) == 4
+        sampler.close()
+        assert torch.equal(sampler.sample((1, 1, 16, 16), seeds=0), made[1])
+    """,
+    "the_settings_are_as_they_were": """
+        def settings():
+            return (torch.backends.cudnn.benchmark, torch.is_autocast_cache_enabled(), torch.is_grad_enabled(),
+                    torch.cuda.get_sync_debug_mode(), torch.cuda.current_stream())
+        def broken(x, t):
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError("not while capturing")
+            return net(x, t)
+        for benchmark in (False, True):
+            torch.backends.cudnn.benchmark = benchmark
+            before = settings()
+            torch.cuda.manual_seed(0)
+            drawn = torch.randn(4, device="cuda")
+            waits = lambda x, t: net(x, t) + 0 * x.sum().item()
+            draws = lambda x, t: net(x, t) + 0 * torch.rand_like(x)
+            for model in (net, waits, draws, broken):
+                torch.cuda.manual_seed(0)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    Sampler(model, table, graph="auto" if model is not net else True).sample((2, 1, 16, 16), seeds=0)
+                assert settings() == before
+                if model is net:  # its own noise is no generator's
+                    assert torch.equal(torch.randn(4, device="cuda"), drawn)
+    """,
     "channels_last_bfloat16": "pair(net.bfloat16().to(memory_format=torch.channels_last))",
     "cpu_and_gpu_agree": """
         torch.backends.cudnn.allow_tf32 = False  # 10 bits of significand: 2e-3 away
@@ -507,3 +641,45 @@ def test_on_a_gpu(name):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-3000:]
+
+
+class NoCuda:
+    """What is asked of `torch.cuda` in `ON_GPU`, on a machine without one: one stream, on which all is done at once."""
+
+    _stream = SimpleNamespace(wait_stream=lambda _: None)
+    current_stream = default_stream = staticmethod(lambda: NoCuda._stream)
+    Stream = staticmethod(lambda: NoCuda._stream)
+    stream = staticmethod(lambda _: nullcontext())
+    is_current_stream_capturing = staticmethod(lambda: True)
+    _sleep = empty_cache = synchronize = staticmethod(lambda *_: None)
+
+
+def on_the_cpu(code):
+    """`code` for a GPU, with what is CUDA's taken out and fewer steps; `NoCuda` is to be known to it."""
+    for there, here in (
+        (".cuda()", ""),
+        ('"cuda"', '"cpu"'),
+        ("torch.cuda.", "NoCuda."),
+        ("1000)", "10)"),
+        ("25", "8"),
+    ):
+        code = code.replace(there, here)
+    return code
+
+
+NOT_ON_A_CPU = {  # what they show is not there
+    "item_falls_back": "a warning",
+    "dropout_is_not_captured": "a warning, and torch's noise",
+    "a_capture_that_breaks": "a warning",
+    "autocast_and_inference_mode": "autocast",
+    "many_shapes_keep_four_graphs": "graphs",
+    "the_settings_are_as_they_were": "settings",
+    "cpu_and_gpu_agree": "a GPU",
+    "channels_last_bfloat16": "fast bfloat16",
+}
+
+
+@pytest.mark.parametrize("name", [name for name in ON_GPU if name not in NOT_ON_A_CPU])
+def test_the_code_for_a_gpu_is_right_as_far_as_a_cpu_can_say(name):
+    code = on_the_cpu(PRELUDE + textwrap.dedent(ON_GPU[name]))
+    exec(compile(code, name, "exec"), {"NoCuda": NoCuda})

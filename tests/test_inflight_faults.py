@@ -3,6 +3,9 @@
 import asyncio
 import os
 import random
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 from concurrent.futures import Future
@@ -11,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from inflight import NONE, SCHEDULE, SHAPE, Asked, Net, drained
+from test_graphs import ROOT, NoCuda, on_the_cpu
 
 from fastddpm import InflightSampler, _slots, inflight, solvers
 from fastddpm._inflight_loop import Loop
@@ -334,3 +338,95 @@ def test_a_model_that_returns_its_input_or_writes_to_it():
         to_its_end(sampler)
     first, *others = (future.result(0) for future in futures)
     assert all(torch.equal(first, other) for other in others)
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------------------------
+
+PRELUDE = """
+import time, torch
+from inflight import KINDS, SCHEDULE, SHAPE, Asked, Net
+from fastddpm import InflightSampler, NoiseSchedule
+net = Net().cuda()
+def slow(x, t, **given):
+    torch.cuda._sleep(10**6)  # half a millisecond
+    return net(x, t, **given)
+"""
+
+ON_GPU = {
+    "who_comes_joins_a_batch_under_way": """
+        order = []
+        with InflightSampler(slow, SHAPE, slots=4, schedule=SCHEDULE) as sampler:
+            sampler.submit(seed=0, solver="ddpm", steps=2).result(100)
+            long = [Asked(i, "ddpm", 100).submit(sampler) for i in range(2)]
+            short = Asked(2, "ddpm", 5).submit(sampler)
+            for name, future in (("long", long[0]), ("long", long[1]), ("short", short)):
+                future.add_done_callback(lambda _, name=name: order.append(name))
+        assert order == ["short", "long", "long"], order
+        assert sampler.counts.steps < 2 + 100 + 50, sampler.counts
+    """,
+    "submit_waits_for_no_step": """
+        def model(x, t, class_labels):
+            torch.cuda._sleep(10**8)  # 50 ms
+            return net(x, t, class_labels)
+        with InflightSampler(model, SHAPE, slots=1, schedule=SCHEDULE, max_pending=99,
+                             model_kwargs={"class_labels": 0}) as sampler:
+            Asked(0, "ddim", 2, label=1).submit(sampler).result(100)
+            first = Asked(0, "ddim", 20, label=1).submit(sampler)
+            start = time.monotonic()
+            others = [Asked(i, "ddim", 20, label=2, x_T=torch.ones(SHAPE)).submit(sampler) for i in range(20)]
+            assert time.monotonic() - start < 0.5
+            for future in [first, *others]: future.cancel()
+    """,
+    "submitted_on_another_stream": """
+        side, futures = torch.cuda.Stream(), []
+        asked = [Asked(i, "unipc", 6, label=i % 5, x_T=torch.full(SHAPE, 0.1 * i)) for i in range(12)]
+        with InflightSampler(slow, SHAPE, slots=3, schedule=SCHEDULE, model_kwargs={"class_labels": 0},
+                             max_pending=20) as sampler, torch.cuda.stream(side):
+            for one in asked:
+                torch.cuda._sleep(10**6)
+                label, x_T = torch.zeros((), dtype=torch.int64, device="cuda") + one.label, one.x_T.to("cuda") + 0
+                futures.append(sampler.submit(seed=one.seed, solver="unipc", steps=6, x_T=x_T,
+                                              model_kwargs={"class_labels": label}))
+                del x_T, label
+                waste = [torch.full(SHAPE, float("nan"), device="cuda"), torch.full((), 1 << 40, device="cuda")]
+                if one.seed % 3 == 2: futures[-1].cancel()
+            for one, future in zip(asked, futures):
+                assert future.cancelled() or torch.equal(future.result(100), one.plain(net, 3))
+    """,
+    "a_step_that_can_do_more": """
+        for order in (KINDS, KINDS[::-1]):
+            for graph in (True, False):
+                sampler = InflightSampler(net, SHAPE, slots=len(KINDS), schedule=SCHEDULE, background=False,
+                                          model_kwargs={"class_labels": 0}, graph=graph)
+                futures = []
+                asked = [Asked(i, solver, 11, options, label=1) for i, (solver, options) in enumerate(order)]
+                for one in asked:
+                    futures.append(one.submit(sampler))
+                    sampler.step()
+                while sampler.step(): pass
+                for one, future in zip(asked, futures):
+                    assert torch.equal(future.result(0), one.plain(net, len(KINDS))), one
+    """,
+    "new_weights_when_a_request_joins": """
+        one, last = Asked(0, "ddpm", 5), net.last
+        with InflightSampler(net, SHAPE, slots=4, schedule=SCHEDULE, graph=True) as sampler:
+            for change in (lambda: None, lambda: last.weight.mul_(0.5), lambda: net.double().float(), net.train,
+                           lambda: setattr(last.weight, "data", 0.5 * last.weight.data)):
+                change()
+                assert torch.equal(one.submit(sampler).result(100), one.plain(net))
+    """,
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ON_GPU)
+def test_on_a_gpu(name):
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "tests")))
+    code, environment = PRELUDE + textwrap.dedent(ON_GPU[name]), {**os.environ, "PYTHONPATH": paths}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
+@pytest.mark.parametrize("name", ON_GPU)
+def test_the_code_for_a_gpu_is_right_as_far_as_a_cpu_can_say(name):
+    exec(compile(on_the_cpu(PRELUDE + textwrap.dedent(ON_GPU[name])), name, "exec"), {"NoCuda": NoCuda})
