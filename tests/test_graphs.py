@@ -7,7 +7,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -363,6 +363,53 @@ def test_the_models_own_error_is_not_a_capture_error(monkeypatch):
 
     with pytest.raises(KeyError, match="mine"):
         Sampler(model, TABLE).sample((2, 5), seeds=0)
+
+
+def test_what_is_asked_of_cuda_for_a_capture(monkeypatch):
+    """Warm-ups and captures are on one side stream, which waits on the way in and is waited for on the way out."""
+    log, now = [], ["main"]
+    streams = {name: SimpleNamespace(wait_stream=lambda s, n=name: log.append((n, "waits for", s.name)), name=name)
+               for name in ("main", "side")}  # fmt: skip
+
+    @contextmanager
+    def stream(to):
+        now.append(to.name)
+        yield
+        now.pop()
+
+    @contextmanager
+    def graph(graph, pool, stream, capture_error_mode):
+        log.append(("capture", stream.name, pool, capture_error_mode))
+        yield
+
+    fakes = dict(
+        current_stream=lambda *_: streams[now[-1]],
+        Stream=lambda *_: streams["side"],
+        stream=stream,
+        graph=graph,
+        CUDAGraph=lambda: SimpleNamespace(replay="replay"),
+        get_rng_state=lambda *_: torch.zeros(1),
+        get_sync_debug_mode=lambda: "as it was",
+        set_sync_debug_mode=lambda mode: log.append(mode),
+    )
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    enabled = torch.is_autocast_cache_enabled()
+
+    def run(n):
+        assert not torch.is_autocast_cache_enabled()
+        assert graphs._ONE_AT_A_TIME.locked()
+        log.append((n, now[-1]))
+
+    assert graphs.capture(run, torch.device("cuda"), (10, 1), "pool") == {10: "replay", 1: "replay"}
+    warm_up, captured = (1, "side"), ("capture", "side", "pool", "thread_local")
+    assert log == [
+        ("side", "waits for", "main"),
+        *(warm_up, warm_up, "error", warm_up, "as it was"),
+        ("main", "waits for", "side"),
+        *(captured, (10, "main"), captured, (1, "main")),  # `torch.cuda.graph` itself changes the stream
+    ]
+    assert torch.is_autocast_cache_enabled() == enabled
 
 
 # --- on a GPU, each in a process of its own: a failed capture must not reach the other tests --------------------------
