@@ -285,7 +285,7 @@ def _prediction(
     if guidance is None:
         return m, v
     own = m
-    m = guided(own, unconditional[:, : own.shape[1]], guidance)
+    m = guided(own, unconditional[:, : own.shape[1]] if learned else unconditional, guidance)
     if rescale is not None:
         m = m * per_sample(rescale_factor(own, m, rescale), m)
     return m, v
