@@ -138,7 +138,7 @@ def fingerprint(model: object) -> Hashable:
     for root in modules_of(model):
         tensors = [t for group in (root.parameters(), root.buffers()) for t in group]
         made += [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors]
-        made += [(m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for m in root.modules()]
+        made += [(m.training, *m._forward_hooks, "|", *m._forward_pre_hooks) for m in root.modules()]  # by their ids
     return tuple(made)
 
 
