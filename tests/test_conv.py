@@ -55,7 +55,9 @@ class Case:
         if len(self.sources) > 1:
             extra["second"] = fenced(self.sources[1])
         if self.row is not None:
-            extra["row"] = fenced(self.row)
+            table = torch.full((len(self.row), self.row.shape[1] + 13), math.nan)  # the row is some of its columns
+            table[:, 8:-5] = self.row
+            extra["row"] = fenced(table)[:, 8:-5]
         if self.residual is not None:
             extra["residual"] = fenced(self.residual)
         if self.shortcut:

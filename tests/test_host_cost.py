@@ -25,7 +25,7 @@ def test_the_benchmark_runs_and_leaves_nothing_behind(tmp_path, capsys):
 
 
 def test_a_step_costs_the_host_a_hundredth():
-    """0.4 % on a quiet machine, where 1 % was asked for; with others on its cores, whose caches it loses, up to 1.1 %."""
+    """0.4 % on a quiet machine, where 1 % was asked for; with others on its cores, and in its caches, up to 1.1 %."""
     runs = host_cost.contenders(1000)
     names = [name for name in runs if "diffusers" in name or "graph of" in name]
     times = {name: [] for name in names}

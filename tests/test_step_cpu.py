@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from fastddpm_kernels import LoopStep, advance_, reference, reverse_step, reverse_step_
+from fastddpm_kernels import LoopStep, advance_, normal, reference, reverse_step, reverse_step_
 from fastddpm_kernels import columns as col
 from helpers import random_table
 from torch import Tensor
@@ -347,3 +347,22 @@ def test_a_sample_may_be_one_number():
         output = both if "guidance" in options else m
         flags = reverse_step(x, output, table, cursor, seeds, **options)[2]
         assert flags.tolist() == [0, 1]
+
+
+def test_torchs_defaults_change_nothing():
+    """Another default dtype or device is the caller's affair."""
+    seeds, table = torch.tensor([3, -4]), random_table(3, history=0).float().cpu()
+    x, cursor = torch.randn(2, 5, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 2], dtype=torch.int32)
+    same = torch.full_like(cursor, 2)
+    noise = normal(seeds, (5,))
+    expected = [reverse_step(x, x, table, at, seeds)[0] for at in (cursor, same)]
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            again = normal(seeds, (5,))
+            made = [reverse_step(x, x, table, at, seeds)[0] for at in (cursor, same)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert again.dtype == torch.float32
+    assert torch.equal(again, noise)
+    assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True))

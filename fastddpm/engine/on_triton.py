@@ -65,7 +65,7 @@ def _conv(operation: Conv, unet: UNet, dtype: torch.dtype) -> Run:
             bias,
             out,
             second=second,
-            row=None if operation.time is None else rows[:, operation.time].contiguous(),
+            row=None if operation.time is None else rows[:, operation.time],
             residual=residual,
             shortcut_x=first,
             shortcut_second=then,

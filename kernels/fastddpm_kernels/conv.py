@@ -36,7 +36,7 @@ def conv_kernel(
     shortcut_second_ptr,  # [B, height, width, s1]
     shortcut_weight_ptr,  # [s0 + s1, columns]
     bias_ptr,  # float32 [cout]
-    row_ptr,  # float32 [B, cout]
+    row_ptr,  # float32 [B, cout], each sample's row_units * COUT_UNIT from the one before
     residual_ptr,  # [B, out_height, out_width, cout]
     out_ptr,  # [B, out_height, out_width, cout]
     partial_ptr,  # float32 [segments, B, out_height, out_width, cout]
@@ -52,6 +52,7 @@ def conv_kernel(
     s1_units,  # channels / UNIT
     column_units,  # weight columns / COLUMN_UNIT
     cout_units,  # output channels / COUT_UNIT
+    row_units,
     steps,  # of a segment
     all_steps,
     scale,
@@ -118,6 +119,7 @@ def conv_kernel(
         n,
         out_pixels,
         cout,
+        row_units * COUT_UNIT,
         segment == 0,
         BIAS,
         ROW,
@@ -317,7 +319,8 @@ def launch_conv(
         weight: by `pack_weight`, 3x3 or 1x1; or by `phase_weights`, [4, ...]: the 3x3 convolution of the 2x image.
         bias: float32 [c_out]; of a block with a shortcut, the sum of both biases; None where it is in `row` already.
         out: [B, OH, OW, c_out].
-        row: float32 [B, c_out], added to every pixel of its sample: the time embedding, best with the bias in it.
+        row: float32 [B, c_out], added to every pixel of its sample: the time embedding, best with the bias in it. A
+            slice of a table's columns is no copy: only the last dimension must be contiguous.
         residual: [B, OH, OW, c_out].
         shortcut_x, shortcut_second, shortcut_weight: a 1x1 convolution, added; [B, H, W, s0], [B, H, W, s1] or None,
             and [s0 + s1, columns] by `pack_weight`. With a 3x3 or 1x1 convolution of stride 1 only.
@@ -360,7 +363,8 @@ def launch_conv(
         workspace = torch.empty(segments * out.numel(), dtype=torch.float32, device=out.device)
 
     unit = 8 if all(c % 8 == 0 for c in (c0, c1, s0, s1)) else 1
-    cout_unit = 8 if cout % 8 == 0 else 1
+    apart = cout if row is None else row.stride(0)
+    cout_unit = 8 if cout % 8 == 0 and apart % 8 == 0 else 1
     end = dict(SCALED=scale != 1.0, PARTS=part > 0, PART_BITS=part.bit_length() - 1, GROUP_BITS=group.bit_length() - 1)
     conv_kernel[(tiles, phases, segments if split else 1)](
         x,
@@ -386,6 +390,7 @@ def launch_conv(
         s1 // unit,
         columns // COLUMNS,
         cout // cout_unit,
+        apart // cout_unit,
         triton.cdiv(steps, segments),
         steps,
         scale,

@@ -22,6 +22,7 @@ def begin(
     n,  # [BLOCK_N]
     out_pixels,  # of a sample
     cout,
+    apart,  # from a sample's row to the next one's
     wanted,  # else zeros
     BIAS: tl.constexpr,
     ROW: tl.constexpr,
@@ -37,11 +38,11 @@ def begin(
     if BIAS:
         acc += tl.load(bias_ptr + n, inside, other=0.0)[None, :]
     if ROW:
-        row = row_ptr + sample * cout
+        row = row_ptr + sample * apart
         if ONE_SAMPLE:
             acc += tl.load(row + n, inside, other=0.0)[None, :]
         else:
-            acc += tl.load(row + (behind * cout)[:, None] + n[None, :], keep, other=0.0)
+            acc += tl.load(row + (behind * apart)[:, None] + n[None, :], keep, other=0.0)
     if RESIDUAL:
         residual = residual_ptr + sample * out_pixels * cout
         acc += tl.load(residual + (pixel * cout)[:, None] + n[None, :], keep, other=0.0).to(tl.float32)

@@ -49,7 +49,7 @@ def box_muller(w0: Tensor, w1: Tensor, dtype: torch.dtype = torch.float32) -> tu
     bits = u.view(torch.int32)
     exponent = (bits - const.LOG_SPLIT) & -(1 << 23)  # u = 2^exponent (1 + f); it stays in its place
     f = (bits - exponent).view(torch.float32) - 1.0
-    r = torch.sqrt(torch.addcmul(exponent * const.LOG_EXPONENT, f, _horner(const.LOG, f)))
+    r = torch.sqrt(torch.addcmul(exponent.to(torch.float32) * const.LOG_EXPONENT, f, _horner(const.LOG, f)))
     s = turns.to(torch.float32) * const.U_SCALE
     a = 0.25 - s.abs()  # cos 2 pi s = sin 2 pi a
     b = torch.copysign(0.25 - a.abs(), s)  # sin 2 pi s = sin 2 pi b, and |b| <= 1/4
@@ -239,7 +239,7 @@ def reverse_step(
 
     def read(v: Tensor) -> Tensor:
         """At an identity row the sample stays, whatever the model says of it."""
-        return v if moving is True else torch.where(torch.as_tensor(moving), v, 0.0)
+        return v if moving is True else torch.where(torch.as_tensor(moving, device=v.device), v, 0.0)
 
     m, v = (read(part) for part in _prediction(model_output, guidance, rescale, learned, x.dtype))
     x0 = c(col.X0_X) * x + c(col.X0_M) * m
