@@ -1,6 +1,7 @@
 """The UNet engine: its plan, its time rows, and what it computes, against the module in float64."""
 
 import copy
+import dataclasses
 import re
 
 import pytest
@@ -28,6 +29,15 @@ CIFAR = UNetConfig(
     flip_sin_to_cos=False,
     freq_shift=1,
     norm_eps=1e-6,
+)
+
+SMALL = UNetConfig(
+    sample_size=8,
+    block_out_channels=(8, 16),
+    norm_num_groups=4,
+    layers_per_block=1,
+    down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+    up_block_types=("AttnUpBlock2D", "UpBlock2D"),
 )
 
 
@@ -255,6 +265,56 @@ def test_the_weights_are_copies():
     assert torch.equal(fast(x, t), before)
 
 
+@pytest.mark.parametrize("classes, t", [(None, 7), (None, torch.tensor([0.5, 7.0])), (3, torch.tensor([5, 6]))])
+def test_so_are_those_of_the_time_path_beyond_its_table(classes, t):
+    net = made(dataclasses.replace(SMALL, num_class_embeds=classes))
+    fast = engine.compile(net, dtype=torch.float32)
+    x, _, labels = inputs(net.config, 2)
+    before = fast(x, t, labels)
+    for parameter in net.parameters():
+        parameter.mul_(2.0)
+    assert torch.equal(fast(x, t, labels), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8, torch.float64])
+def test_time_steps_of_every_dtype(dtype):
+    fast = engine.compile(made(SMALL), dtype=torch.float32)
+    x, t = inputs(SMALL, 2)[0], torch.tensor([3, 200])
+    assert (fast(x, t.to(dtype)) - fast(x, t)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("compiled_inside", [True, False])
+def test_autocast_changes_nothing(compiled_inside):
+    net = made(SMALL)
+    x, t, _ = inputs(SMALL, 2)
+    truth = engine.compile(net, dtype=torch.float32)(x, t)
+    with torch.autocast("cpu", torch.bfloat16, enabled=compiled_inside):
+        fast = engine.compile(net, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        made_inside = fast(x, t)
+    assert made_inside.dtype == torch.float32
+    assert torch.equal(made_inside, truth)
+
+
+def test_it_stays_where_it_was_compiled():
+    fast = engine.compile(made(SMALL), dtype=torch.float32)
+    assert fast.to("cpu").float() is fast
+    for move in (fast.bfloat16, fast.double, lambda: fast.to("meta")):
+        with pytest.raises(InputError, match=r"compiled for cpu and torch\.float32, and can't be moved"):
+            move()
+
+
+def test_no_images():
+    fast, x = engine.compile(made(SMALL)), torch.zeros(0, 3, 8, 8)
+    assert fast(x, torch.zeros(0, dtype=torch.int64)).shape == x.shape
+
+
+def test_it_keeps_no_other_weights_of_the_unet():
+    net = made(CIFAR)
+    held = sum(p.numel() for p in engine.compile(net).time_path.unet.parameters())
+    assert held < 0.05 * CIFAR.num_parameters
+
+
 @pytest.mark.parametrize(
     "change, words",
     [
@@ -263,6 +323,9 @@ def test_the_weights_are_copies():
         ({"batch": 0}, "batch is 0; allowed: an integer of at least 1"),
         ({"batch": True}, "batch is True"),
         ({"steps": 2.5}, "steps is 2.5"),
+        ({"size": 32}, r"size is 32; allowed: \(height, width\)"),
+        ({"unet": UNet(dataclasses.replace(SMALL, sample_size=None))}, "config has no sample_size: give size="),
+        ({"dtype": torch.float64, "kernels": True}, "the kernels take no torch.float64"),
         ({"size": (5, 8)}, r"shape \(3, 5, 8\) does not fit this UNet"),
     ],
 )

@@ -4,9 +4,12 @@ import copy
 
 import pytest
 import torch
+from fastddpm_kernels.attention_reference import attention
 from helpers import DEVICE
 
 from fastddpm import UNet, engine
+from fastddpm.engine import on_triton
+from fastddpm.engine.operations import Attention, Value
 from fastddpm.unet_config import UNetConfig
 
 SMALL = dict(sample_size=8, block_out_channels=(16, 32), norm_num_groups=8, attention_head_dim=16, layers_per_block=1)
@@ -63,15 +66,61 @@ def test_it_is_the_module(name, dtype):
     assert rms(fast - truth) <= 2 * rms(eager - truth)
 
 
-def test_memory_that_is_shared_keeps_nothing_and_a_sample_is_its_own():
+def test_memory_that_is_shared_keeps_nothing_and_a_sample_is_its_own(monkeypatch):
     """Poisoned memory, another order of the samples, another call between: the same bits."""
     config = CONFIGS["attention"]
     fast = engine.compile(made(config), batch=2, kernels=True)
     x, t, _ = inputs(config)
     first = fast(x, t)
-    for memory in fast._memory._values.values():
-        for value in memory.values():
+    allocated = fast._allocated
+
+    def poisoned(x):
+        values = allocated(x)
+        for value in values.values():
             value.fill_(torch.nan)
+        return values
+
+    monkeypatch.setattr(fast, "_allocated", poisoned)
     again = fast(x.flip(0), t.flip(0))
     assert torch.equal(again.flip(0), first)
     assert not again.isnan().any()
+
+
+def one_level(**fields) -> UNetConfig:
+    plain = dict(down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
+    return UNetConfig(**SMALL | plain | {"block_out_channels": (16,), "add_attention": False} | fields)
+
+
+def test_a_call_leaves_the_memory_of_others_alone(monkeypatch):
+    """A graph that was captured, and another stream's or thread's call, go on with theirs."""
+    fast = engine.compile(made(one_level()), kernels=True)
+    allocated, kept = fast._allocated, []
+
+    def keeping(x):
+        kept.append(allocated(x))
+        return dict(kept[-1])
+
+    monkeypatch.setattr(fast, "_allocated", keeping)
+    x, t, _ = inputs(fast.config, 1)
+    first = fast(x, t).clone()
+    before = {index: value.clone() for index, value in kept[0].items()}
+    assert not torch.equal(fast(x + 1, t), first)
+    assert all(torch.equal(kept[0][index].isnan(), value.isnan()) for index, value in before.items())
+    assert all(torch.equal(kept[0][index].nan_to_num(), value.nan_to_num()) for index, value in before.items())
+
+
+def test_an_image_with_gaps():
+    """A slice of a channels_last tensor is channels_last by its strides, and yet not contiguous."""
+    fast = engine.compile(made(one_level(in_channels=3)), dtype=torch.float32, kernels=True)
+    x = torch.randn(2, 5, 8, 16, device=DEVICE).to(memory_format=torch.channels_last)[:1, :3, :8, :8]
+    t = torch.tensor([3], device=DEVICE)
+    assert torch.equal(fast(x, t), fast(x.clone(memory_format=torch.contiguous_format), t))
+
+
+def test_a_head_too_wide_for_the_kernel():
+    """512 in float32: torch attends."""
+    operation = Attention("", (Value(1, 2, 2, 3 * 512),), Value(2, 2, 2, 512), heads=1)
+    packed, out = torch.randn(3, 2, 2, 3 * 512, device=DEVICE), torch.empty(3, 2, 2, 512, device=DEVICE)
+    on_triton.prepared(operation, made(one_level()), torch.float32)(out, [packed], packed, None, [])
+    truth = attention(packed.double().flatten(1, 2), 1).reshape(out.shape)
+    assert (out - truth).abs().max() <= 1e-5

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..graphs import RecentlyUsed
 from ..unet import UNet
 from . import on_torch, on_triton
 from .lowering import uses
@@ -21,16 +21,16 @@ from .time_path import TimePath
 class Engine(nn.Module):
     """A UNet that runs fast: ``Sampler(engine.compile(unet, batch=16), table)``. ``print(engine)`` shows its plan.
 
-    The weights are copies: `compile` again after changing those of the UNet. No gradients.
+    The weights are copies: `compile` again after changing or moving those of the UNet. It computes what the UNet does
+    in eval mode, without dropout, gradients or autocast.
 
     Args:
         unet: our `UNet`; read a checkpoint of diffusers' UNet2DModel with `UNet.from_pretrained`.
         batch: images a call, for the plan; calls with others are allowed.
         size: (H, W) of the images, for the plan; None: the config's `sample_size`. Others are allowed in a call.
-        dtype: of weights and activations; with float64, and on a CPU, the operations are PyTorch's, else the kernels'.
-            Sums are float32.
+        dtype: of weights and activations. Sums are float32 (float64 in float64).
         steps: how many time steps the model was trained with: the time path is computed for these now.
-        kernels: whether to use fastddpm's kernels; None: where they run.
+        kernels: whether to use fastddpm's kernels, else PyTorch's; None: on CUDA, but for float64.
 
     Raises:
         InputError: for a model that is no `UNet`, another dtype, or a size that the network doesn't take.
@@ -54,19 +54,24 @@ class Engine(nn.Module):
         for name, number in (("batch", batch), ("steps", steps)):
             if isinstance(number, bool) or not isinstance(number, int) or number < 1:
                 raise InputError(f"{name} is {number!r}; allowed: an integer of at least 1")
+        if size is None and unet.config.sample_size is None:
+            raise InputError("the UNet's config has no sample_size: give size=(height, width) of the images")
+        if size is not None and (not isinstance(size, tuple) or len(size) != 2):
+            raise InputError(f"size is {size!r}; allowed: (height, width) of the images, or None")
         height, width = size or (unet.config.sample_size or 0,) * 2
         unet.check_shape((unet.config.in_channels, height, width))
         self.config = unet.config
-        self.check_shape = unet.check_shape
         self.plan = Plan.of(unet.config, batch, height, width, dtype.itemsize)
         lowered = self.plan.lowered
         self.time_path = TimePath(unet, lowered, steps)
+        self.check_shape = self.time_path.unet.check_shape
         self.dtype_ = nn.Parameter(torch.empty(0, dtype=dtype, device=unet.conv_in.weight.device), requires_grad=False)
-        self._own = self.dtype_.device.type != "cpu" and dtype != torch.float64 if kernels is None else kernels
+        if kernels and dtype == torch.float64:
+            raise InputError("the kernels take no torch.float64: leave kernels out, or give another dtype")
+        self._own = self.dtype_.device.type == "cuda" and dtype != torch.float64 if kernels is None else kernels
         backend = on_triton if self._own else on_torch
         self._runs: list[Any] = [backend.prepared(operation, unet, dtype) for operation in lowered.operations]
         self._dies = {value.index: last for value, _, last in uses(lowered)}
-        self._memory: RecentlyUsed[dict[int, Tensor]] = RecentlyUsed()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -82,14 +87,15 @@ class Engine(nn.Module):
         if x.ndim != 4:
             raise InputError(f"x has shape {tuple(x.shape)}; the UNet takes [batch, channels, height, width]")
         self.check_shape(x.shape[1:])
-        rows = self.time_path(x.shape[0], t, class_labels)
-        if self.config.center_input_sample:
-            x = 2 * x - 1.0
-        x = x.to(self.dtype, memory_format=torch.channels_last)
-        if not self._own:
-            return self._by_torch(x, rows)
-        memory = self._memory.get((tuple(x.shape), x.device), lambda: self._allocated(x))
-        return self._by_kernels(x.permute(0, 2, 3, 1), rows.float(), dict(memory)).permute(0, 3, 1, 2)
+        with torch.autocast(x.device.type, enabled=False):  # the dtypes are the plan's
+            rows = self.time_path(x.shape[0], t, class_labels)
+            if self.config.center_input_sample:
+                x = 2 * x - 1.0
+            # not `to(memory_format=)`: it leaves a slice of a channels_last tensor as it is, with gaps
+            x = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
+            if not self._own:
+                return self._by_torch(x, rows)
+            return self._by_kernels(x.permute(0, 2, 3, 1), rows.float()).permute(0, 3, 1, 2)
 
     def _by_torch(self, x: Tensor, rows: Tensor) -> Tensor:
         lowered = self.plan.lowered
@@ -101,28 +107,47 @@ class Engine(nn.Module):
                     del values[value.index]
         return values[lowered.out.index]
 
-    def _by_kernels(self, x: Tensor, rows: Tensor, values: dict[int, Tensor]) -> Tensor:
-        lowered = self.plan.lowered
-        values |= {lowered.given.index: x, lowered.out.index: torch.empty_like(values[lowered.out.index])}
+    def _by_kernels(self, x: Tensor, rows: Tensor) -> Tensor:
+        lowered, values = self.plan.lowered, self._allocated(x)
+        values[lowered.given.index] = x
         for operation, run in zip(lowered.operations, self._runs, strict=True):
             run(values[operation.out.index], *_read(operation, values, rows))
         return values[lowered.out.index]
 
     def _allocated(self, x: Tensor) -> dict[int, Tensor]:
-        """One block of memory, and in it each value, [B, H, W, C], by its index."""
-        batch, _, height, width = x.shape
-        plan = Plan.of(self.config, batch, height, width, self.dtype.itemsize)
-        block = torch.empty(plan.memory, dtype=torch.uint8, device=x.device)
+        """Memory for each value, [B, H, W, C], by its index: all in one block, but for the prediction.
+
+        New in each call, from torch's allocator: a block that were kept would be written by two streams or threads at
+        once, and one that is let go while a captured graph still writes to it would be another tensor's by then.
+        """
+        batch, height, width, _ = x.shape
+        plan = _plan(self.config, batch, height, width, self.dtype.itemsize)
+        block = torch.empty(plan.memory // plan.width, dtype=self.dtype, device=x.device)
         made = {}
         for operation in plan.lowered.operations:
-            out, start = operation.out, plan.offsets[operation.out.index]
+            out = operation.out
             shape = (batch, out.height, out.width, out.channels)
-            part = block[start : start + math.prod(shape) * plan.width]
-            made[out.index] = part.view(self.dtype).view(shape)
+            strides = (out.elements, out.width * out.channels, out.channels, 1)
+            made[out.index] = block.as_strided(shape, strides, plan.offsets[out.index] // plan.width)
+        last = plan.lowered.out.index
+        made[last] = torch.empty_like(made[last], memory_format=torch.contiguous_format)
         return made
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Refuse another device or dtype: the operations hold weights that were laid out for these."""
+        then = fn(self.dtype_.data)
+        if (then.device, then.dtype) != (self.dtype_.device, self.dtype):
+            raise InputError(
+                f"the engine was compiled for {self.dtype_.device} and {self.dtype}, and can't be moved to "
+                f"{then.device} and {then.dtype}: move the UNet, and compile again with dtype={then.dtype}"
+            )
+        return self
 
     def __repr__(self) -> str:
         return str(self.plan)
+
+
+_plan = lru_cache(maxsize=16)(Plan.of)  # by size and batch; for all engines and threads
 
 
 def _read(

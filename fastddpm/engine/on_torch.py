@@ -49,14 +49,14 @@ def _norm(operation: Norm, unet: UNet, dtype: torch.dtype) -> Run:
 
 def _conv(operation: Conv, unet: UNet, dtype: torch.dtype) -> Run:
     pad = operation.padding
-    convolve = _convolution(unet.get_submodule(operation.name), dtype, operation.stride, pad, operation.out.height)
+    convolve = _convolution(unet.get_submodule(operation.name), dtype, operation.stride, pad)
     shortcuts: list[Callable[[Tensor], Tensor]] = []
     if operation.shortcut:
         whole: Any = unet.get_submodule(operation.shortcut_name)
         parts = whole.weight.split([source.channels for source in operation.shortcut], dim=1)
         for i, part in enumerate(parts):
             own = _Weights(part, whole.bias if i == 0 else None)
-            shortcuts.append(_convolution(own, dtype, 1, 0, operation.out.height))
+            shortcuts.append(_convolution(own, dtype, 1, 0))
 
     def run(sources: list[Tensor], rows: Tensor, residual: Tensor | None, past: list[Tensor]) -> Tensor:
         (x,) = sources if len(sources) == 1 else (torch.cat(sources, dim=1),)
@@ -81,7 +81,7 @@ class _Weights:
         self.weight, self.bias = weight, bias
 
 
-def _convolution(module: Any, dtype: torch.dtype, stride: int, padding: int, size: int) -> Callable[[Tensor], Tensor]:
+def _convolution(module: Any, dtype: torch.dtype, stride: int, padding: int) -> Callable[[Tensor], Tensor]:
     weight = module.weight.detach().to(dtype, copy=True, memory_format=torch.channels_last)
     bias = None if module.bias is None else module.bias.detach().to(dtype, copy=True)
     if weight.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and _has_onednn():
@@ -111,11 +111,15 @@ def _linear(operation: Linear, unet: UNet, dtype: torch.dtype) -> Run:
 
 def _attention(operation: Attention, unet: UNet, dtype: torch.dtype) -> Run:
     def run(sources: list[Tensor], rows: Tensor, residual: Tensor | None, past: list[Tensor]) -> Tensor:
-        (packed,) = sources
-        batch, channels, height, width = packed.shape
-        tokens = packed.permute(0, 2, 3, 1).reshape(batch, height * width, 3, operation.heads, -1)
-        q, k, v = tokens.permute(2, 0, 3, 1, 4)
-        made = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)  # [B, T, heads, d]
-        return made.reshape(batch, height, width, channels // 3).permute(0, 3, 1, 2)
+        return attended(sources[0].permute(0, 2, 3, 1), operation.heads).permute(0, 3, 1, 2)
 
     return run
+
+
+def attended(packed: Tensor, heads: int) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v of q, k and v packed along the channels: [B, H, W, 3 C] -> [B, H, W, C]."""
+    batch, height, width, channels = packed.shape
+    tokens = packed.reshape(batch, height * width, 3, heads, channels // (3 * heads))
+    q, k, v = tokens.permute(2, 0, 3, 1, 4)
+    made = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)  # [B, T, heads, d]
+    return made.reshape(batch, height, width, channels // 3)

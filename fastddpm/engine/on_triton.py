@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..unet import UNet
+from .on_torch import attended
 from .operations import Attention, Conv, Linear, Norm, Operation
 
 Run = Callable[[Tensor, list[Tensor], Tensor, Tensor | None, list[Tensor]], None]
@@ -90,10 +91,19 @@ def _linear(operation: Linear, unet: UNet, dtype: torch.dtype) -> Run:
 
 
 def _attention(operation: Attention, unet: UNet, dtype: torch.dtype) -> Run:
-    from fastddpm_kernels.attention import launch_attention
+    from fastddpm_kernels.attention import attention_tiles, launch_attention
+
+    value, fits = operation.out, True
+    try:
+        attention_tiles(value.height * value.width, value.channels // operation.heads, dtype.itemsize)
+    except ValueError:  # a head too wide for the kernel, such as 512 in float32
+        fits = False
 
     def run(out: Tensor, sources: list[Tensor], rows: Tensor, residual: Tensor | None, past: list[Tensor]) -> None:
-        launch_attention(sources[0], out, heads=operation.heads)
+        if fits:
+            launch_attention(sources[0], out, heads=operation.heads)
+        else:
+            out.copy_(attended(sources[0], operation.heads))
 
     return run
 

@@ -39,7 +39,7 @@ class Plan:
 
     @property
     def launches(self) -> int:
-        """Kernels a forward."""
+        """Operations a forward. Each is a kernel; a divided sum and a large sample's norm are two or three."""
         return len(self.lowered.operations)
 
     @property
