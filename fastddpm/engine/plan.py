@@ -38,11 +38,6 @@ class Plan:
         return cls(lowered, batch, element_bytes, {value.index: offset for value, offset in placed.items()}, memory)
 
     @property
-    def launches(self) -> int:
-        """Operations a forward. Each is a kernel; a divided sum and a large sample's norm are two or three."""
-        return len(self.lowered.operations)
-
-    @property
     def flops(self) -> int:
         """Of an image."""
         return sum(operation.flops for operation in self.lowered.operations)
@@ -67,7 +62,7 @@ class Plan:
             kernel = f"{operation.kind} {operation.details()}".rstrip()
             lines.append(f"{at:3} {operation.name:<38} {sources:<12} {shape:<15} {cost}  {kernel}")
         lines.append(
-            f"{self.launches} launches; an image: {self.flops / 1e9:.3f} GFLOP, {self.bytes_moved / 1e6:.1f} MB of "
+            f"{len(self.lowered.operations)} operations; an image: {self.flops / 1e9:.3f} GFLOP, {self.bytes_moved / 1e6:.1f} MB of "
             f"activations moved; {self.weights / 1e6:.2f} M weights; batch {self.batch}: {self.memory / 1e6:.1f} MB of "
             "activations in memory"
         )
