@@ -62,9 +62,9 @@ class Plan:
             kernel = f"{operation.kind} {operation.details()}".rstrip()
             lines.append(f"{at:3} {operation.name:<38} {sources:<12} {shape:<15} {cost}  {kernel}")
         lines.append(
-            f"{len(self.lowered.operations)} operations; an image: {self.flops / 1e9:.3f} GFLOP, {self.bytes_moved / 1e6:.1f} MB of "
-            f"activations moved; {self.weights / 1e6:.2f} M weights; batch {self.batch}: {self.memory / 1e6:.1f} MB of "
-            "activations in memory"
+            f"{len(self.lowered.operations)} operations; an image: {self.flops / 1e9:.3f} GFLOP, "
+            f"{self.bytes_moved / 1e6:.1f} MB of activations moved; {self.weights / 1e6:.2f} M weights; "
+            f"batch {self.batch}: {self.memory / 1e6:.1f} MB of activations in memory"
         )
         return "\n".join(lines)
 
