@@ -355,6 +355,8 @@ class Sampler:
         given = Inputs.of(self.table, shape, seeds, **conditions)
         if hasattr(self.model, "check_shape"):
             self.model.check_shape(given.shape[1:])
+        if hasattr(self.model, "check_timesteps"):
+            self.model.check_timesteps(self.table.timesteps.tolist())
         if given.x_T is None and self.table.start[1] == 0:
             raise InputError("this solver starts from a picture, not from noise; give the picture as x_T")
         alpha, sigma = self.table.start

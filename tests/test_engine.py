@@ -350,3 +350,22 @@ def test_the_shipped_weights():
     x, t, labels = inputs(net.config, 2)
     fast = engine.compile(net, dtype=torch.float32)(x, t, labels)
     assert (fast - net(x, t, labels)).abs().max() <= 1e-4
+
+
+def test_a_sampler_asks_whether_the_time_steps_are_there(monkeypatch):
+    config = UNetConfig(
+        sample_size=4,
+        block_out_channels=(8,),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+    )
+    fast = engine.compile(made(config), steps=50, dtype=torch.float32)
+    table = solvers.ddim(NoiseSchedule.linear(60), 4, spacing="trailing")
+    whole = Sampler(fast, table).sample((1, 3, 4, 4), seeds=0)  # on a CPU a call looks, and computes them
+    assert whole.isfinite().all()
+    monkeypatch.setattr(type(fast), "_trusts_t", True)
+    with pytest.raises(InputError, match=r"time steps are 14 ... 59; this engine has those below 50: .*steps=60"):
+        Sampler(fast, table).sample((1, 3, 4, 4), seeds=0)
+    Sampler(fast, solvers.ddim(NoiseSchedule.linear(50), 4)).sample((1, 3, 4, 4), seeds=0)
+    fast.check_timesteps([59.5, 3.0])  # not whole: computed

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, Self
 
@@ -142,6 +142,21 @@ class Engine(nn.Module):
                 f"{then.device} and {then.dtype}: move the UNet, and compile again with dtype={then.dtype}"
             )
         return self
+
+    def check_timesteps(self, t: Sequence[float]) -> None:
+        """Raise `InputError` where whole time steps are outside the table, on a GPU, where a call doesn't look."""
+        table = self.time_path.table
+        if table is None or not self._trusts_t or not all(float(step).is_integer() for step in t):
+            return
+        if not 0 <= min(t) <= max(t) < len(table):
+            raise InputError(
+                f"time steps are {min(t):g} ... {max(t):g}; this engine has those below {len(table)}: "
+                f"engine.compile(unet, steps={int(max(t)) + 1})"
+            )
+
+    @property
+    def _trusts_t(self) -> bool:
+        return self.dtype_.device.type != "cpu"
 
     def __repr__(self) -> str:
         return str(self.plan)
