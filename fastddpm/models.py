@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import graphs
-from .errors import InputError
+from .errors import InputError, NonFiniteError
 
 
 def parameters_of(model: object) -> Iterator[Tensor]:
@@ -64,3 +64,24 @@ def tensor_of(output: Any, shape: torch.Size, learned: bool) -> Tensor:
             f"the model returned shape {tuple(output.shape)} for an input of {tuple(shape)}; needed: {expected}{why}"
         )
     return output
+
+
+def finite_samples(samples: Tensor, flags: Tensor, timesteps: Sequence[float]) -> Tensor:
+    """`samples` [B, ...], or `NonFiniteError` where one is not finite or flagged; waits for the device.
+
+    Args:
+        flags: int32 [B], 1 + the first step at which the model's prediction was not finite, or 0.
+        timesteps: of the steps that were done.
+    """
+    bad = (flags != 0) | ~torch.isfinite(samples).flatten(1).all(dim=1)
+    if not bad.any():
+        return samples
+    first = int(bad.nonzero()[0])
+    step = int(flags[first]) - 1 if flags[first] else len(timesteps) - 1
+    others = f" ({int(bad.sum())} of {len(samples)} samples)" if int(bad.sum()) > 1 else ""
+    raise NonFiniteError(
+        f"sample {first} is not finite from step {step} (t = {timesteps[step]:g}) on{others}: "
+        "the model's output there is NaN, infinite or too large",
+        samples=samples,
+        bad=bad,
+    )

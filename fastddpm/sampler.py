@@ -16,9 +16,9 @@ from torch.utils._pytree import tree_flatten
 
 from . import graphs, solvers
 from .buffers import Buffers, NoiseAhead
-from .errors import DeviceError, GraphCaptureError, InputError, NonFiniteError
+from .errors import DeviceError, GraphCaptureError, InputError
 from .inputs import Conditions, Inputs, PerSample
-from .models import device_of, dtype_of, memory_format_of, tensor_of
+from .models import device_of, dtype_of, finite_samples, memory_format_of, tensor_of
 from .schedule import NoiseSchedule
 from .seeds import check_seed
 from .solvers import StepTable
@@ -176,7 +176,7 @@ class Sampler:
                 buffers = self._run(part, noise, callback, bar)
                 samples.append(buffers.x[: len(rows)].clone())
                 flags.append(buffers.nonfinite[: len(rows)].clone())
-        return self._finite(torch.cat(samples), torch.cat(flags))
+        return finite_samples(torch.cat(samples), torch.cat(flags), self.table.timesteps.tolist())
 
     def _run(self, part: Inputs, noise: Noise | None, callback: Callback | None, bar: Any) -> Buffers:
         """The loop."""
@@ -227,7 +227,7 @@ class Sampler:
                     x0 = predicted.clone() if of_x == 0 else before.mul_(of_x).add_(predicted, alpha=of_x0)
                 bar.update()
                 yield TraceStep(i, float(t), buffers.x.clone(), x0)
-        self._finite(buffers.x, buffers.nonfinite)
+        finite_samples(buffers.x, buffers.nonfinite, self.table.timesteps.tolist())
 
     # --- one step, and what it needs ----------------------------------------------------------------------------------
 
@@ -375,21 +375,6 @@ class Sampler:
         if device.type != "cpu" and self.state_dtype == torch.float64:
             raise InputError(f"state_dtype float64 is for the CPU; the device is {device}")
         return given
-
-    def _finite(self, samples: Tensor, flags: Tensor) -> Tensor:
-        """`samples`, or `NonFiniteError` where one is not finite or its flag is set."""
-        bad = (flags != 0) | ~torch.isfinite(samples).flatten(1).all(dim=1)
-        if not bad.any():
-            return samples
-        first = int(bad.nonzero()[0])
-        step = int(flags[first]) - 1 if flags[first] else self.table.num_rows - 1
-        others = f" ({int(bad.sum())} of {len(samples)} samples)" if int(bad.sum()) > 1 else ""
-        raise NonFiniteError(
-            f"sample {first} is not finite from step {step} (t = {self.table.timesteps[step]:g}) on{others}: "
-            "the model's output there is NaN, infinite or too large",
-            samples=samples,
-            bad=bad,
-        )
 
     def _bar(self, progress: bool, n: int, size: int) -> Any:
         from tqdm import tqdm

@@ -121,6 +121,6 @@ def test_a_head_too_wide_for_the_kernel():
     """512 in float32: torch attends."""
     operation = Attention("", (Value(1, 2, 2, 3 * 512),), Value(2, 2, 2, 512), heads=1)
     packed, out = torch.randn(3, 2, 2, 3 * 512, device=DEVICE), torch.empty(3, 2, 2, 512, device=DEVICE)
-    on_triton.prepared(operation, made(one_level()), torch.float32)(out, [packed], packed, None, [])
+    on_triton.MAKERS[type(operation)](operation, made(one_level()), torch.float32)(out, [packed], packed, None, [])
     truth = attention(packed.double().flatten(1, 2), 1).reshape(out.shape)
     assert (out - truth).abs().max() <= 1e-5

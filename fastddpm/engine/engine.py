@@ -69,8 +69,9 @@ class Engine(nn.Module):
         if kernels and dtype == torch.float64:
             raise InputError("the kernels take no torch.float64: leave kernels out, or give another dtype")
         self._own = self.dtype_.device.type == "cuda" and dtype != torch.float64 if kernels is None else kernels
-        backend = on_triton if self._own else on_torch
-        self._runs: list[Any] = [backend.prepared(operation, unet, dtype) for operation in lowered.operations]
+        makers: Any = on_triton.MAKERS if self._own else on_torch.MAKERS
+        with torch.no_grad():
+            self._runs = [makers[type(operation)](operation, unet, dtype) for operation in lowered.operations]
         self._dies = {value.index: last for value, _, last in uses(lowered)}
 
     @property

@@ -12,19 +12,8 @@ from ..unet import UNet
 from .on_torch import attended
 from .operations import Attention, Conv, Linear, Norm, Operation
 
+# Of out, sources, time rows, residual, and sources of the shortcut.
 Run = Callable[[Tensor, list[Tensor], Tensor, Tensor | None, list[Tensor]], None]
-
-
-def prepared(operation: Operation, unet: UNet, dtype: torch.dtype) -> Run:
-    """The function of (out, sources, time rows, residual, sources of the shortcut) that does it, with its weights."""
-    makers: dict[type[Operation], Callable[..., Run]] = {
-        Norm: _norm,
-        Conv: _conv,
-        Linear: _linear,
-        Attention: _attention,
-    }
-    with torch.no_grad():
-        return makers[type(operation)](operation, unet, dtype)
 
 
 def _norm(operation: Norm, unet: UNet, dtype: torch.dtype) -> Run:
@@ -58,14 +47,13 @@ def _conv(operation: Conv, unet: UNet, dtype: torch.dtype) -> Run:
         packed, bias = pack_weight(shortcut.weight.detach(), dtype), bias + _float(shortcut.bias)
 
     def run(out: Tensor, sources: list[Tensor], rows: Tensor, residual: Tensor | None, past: list[Tensor]) -> None:
-        x, second = _two(sources)
+        (x,) = sources
         first, then = _two(past) if past else (None, None)
         launch_conv(
             x,
             weight,
             bias,
             out,
-            second=second,
             row=None if operation.time is None else rows[:, operation.time],
             residual=residual,
             shortcut_x=first,
@@ -115,3 +103,12 @@ def _two(sources: list[Tensor]) -> tuple[Tensor, Tensor | None]:
 def _float(parameter: Tensor) -> Tensor:
     """A copy in float32, contiguous."""
     return parameter.detach().float().clone()
+
+
+# As `on_torch.MAKERS`.
+MAKERS: dict[type[Operation], Callable[..., Run]] = {
+    Norm: _norm,
+    Conv: _conv,
+    Linear: _linear,
+    Attention: _attention,
+}

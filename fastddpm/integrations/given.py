@@ -8,7 +8,8 @@ import torch
 from fastddpm_kernels import normal, reference, reverse_step
 from torch import Tensor
 
-from ..errors import InputError, NonFiniteError
+from ..errors import InputError
+from ..models import finite_samples
 from ..seeds import sample_seeds
 from ..solvers import StepTable
 
@@ -83,16 +84,6 @@ class Rows:
 
     def finished(self) -> Tensor:
         """The state, or `NonFiniteError` where a sample isn't finite (it names the step); waits for the device."""
-        flags = torch.stack(self._flags)
-        bad = (flags != 0).any(dim=0) | ~self.x.isfinite().flatten(1).all(dim=1)
-        if not bad.any():
-            return self.x
-        first = int(bad.nonzero()[0])
-        steps = flags[:, first].nonzero()
-        step = int(steps[0]) if len(steps) else len(flags) - 1
-        raise NonFiniteError(
-            f"sample {first} is not finite from step {step} (t = {self.table.timesteps[step]:g}) on: "
-            "the model's output there is NaN, infinite or too large",
-            samples=self.x,
-            bad=bad,
-        )
+        flags = torch.stack(self._flags)  # [steps, B]
+        first = (flags != 0).int().argmax(dim=0)  # of the steps, or 0 where none is flagged
+        return finite_samples(self.x, flags.gather(0, first[None])[0], self.table.timesteps[: len(flags)].tolist())
