@@ -212,7 +212,9 @@ def test_the_time_rows_are_the_modules_own_bit_for_bit():
     assert torch.equal(fast.time_path(3, t, None), rows[t])
 
 
-@pytest.mark.parametrize("t", [50, 7.25, torch.tensor(7), torch.tensor([50, 1000]), torch.tensor([0.5, 30.0])])
+@pytest.mark.parametrize(
+    "t", [50, 7.25, torch.tensor(7), torch.tensor([50, 1000]), torch.tensor([50, 3]), torch.tensor([0.5, 30.0])]
+)
 def test_time_steps_beyond_the_table(t):
     net = made(
         UNetConfig(

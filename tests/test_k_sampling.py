@@ -250,6 +250,20 @@ def test_a_nan_is_an_error():
         sampling.sample_euler(lambda x, sigma: x / 0, start(), SIGMAS, disable=True)
 
 
+def test_a_nan_names_its_first_sample_and_step():
+    x, calls = start(), []
+
+    def model(x, sigma):
+        calls.append(sigma)
+        bad = torch.zeros_like(x)
+        bad[-1] = torch.nan if len(calls) == 3 else 0.0
+        return 0.5 * x + bad
+
+    with pytest.raises(NonFiniteError, match=f"sample {len(x) - 1} is not finite from step 2 ") as caught:
+        sampling.sample_euler(model, x, SIGMAS, disable=True)
+    assert caught.value.bad.tolist() == [False] * (len(x) - 1) + [True]
+
+
 def test_the_signatures_are_k_diffusions():
     common = ["model", "x", "sigmas", "extra_args", "callback", "disable"]
     churn, ancestral = ["s_churn", "s_tmin", "s_tmax", "s_noise"], ["eta", "s_noise", "noise_sampler"]
