@@ -1,0 +1,151 @@
+"""Which tile a convolution takes, and whether it is ours or cuDNN's, as `python -m benchmarks.tune` measured it.
+
+A table a GPU lies in `tuned/`, named after it. Where there is none, or it lacks a shape, `conv_tiles` decides: no table
+ships that was not measured on its GPU. What a table may say of a batch leaves the bits alone: it has neither the steps
+of a sum nor its segments. Whether cuDNN takes over, which changes them, is said of a shape, for all batches.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .conv_tiles import Tile
+
+FOLDER = Path(__file__).resolve().parent / "tuned"
+FORMAT = 1
+# What a tile's numbers may be: powers of two, as Triton wants them; 64 pixels at least, so that all sum alike.
+ALLOWED = {"m": (64, 128, 256), "n": (16, 32, 64, 128, 256), "warps": (4, 8, 16), "stages": tuple(range(1, 9))}
+
+
+class ConvShape(NamedTuple):
+    """What the best way to make a convolution depends on, beside the GPU and the batch."""
+
+    dtype: str  # bfloat16
+    height: int  # of the output
+    width: int
+    c0: int  # channels of the two sources, 0: none
+    c1: int
+    cout: int
+    kernel: int = 3
+    stride: int = 1
+    up: bool = False  # of the doubled image
+    s0: int = 0  # channels of the shortcut's sources
+    s1: int = 0
+    residual: bool = False
+    norms: int = 0  # made in the epilogue
+    raw: bool = True  # whether the output itself is written
+
+    @property
+    def key(self) -> str:
+        """In a table, a line to read: ``bfloat16 16x16 256+128 to 256, 3x3, shortcut 384+0``."""
+        words = [f"{self.dtype} {self.height}x{self.width} {self.c0}+{self.c1} to {self.cout}"]
+        words += [f"{self.kernel}x{self.kernel}" + (f"/{self.stride}" if self.stride > 1 else "")]
+        words += ["of the doubled image"] if self.up else []
+        words += [f"shortcut {self.s0}+{self.s1}"] if self.s0 else []
+        words += ["residual"] if self.residual else []
+        words += [f"norms {self.norms}"] if self.norms else []
+        words += [] if self.raw else ["not raw"]
+        return ", ".join(words)
+
+
+class Choice(NamedTuple):
+    """What was fastest."""
+
+    own: bool  # our kernel; else cuDNN's
+    m: int
+    n: int
+    warps: int
+    stages: int
+    registers: int | None
+    split: bool
+
+    def tile(self, k: int) -> Tile:
+        """The tile, with the steps that the rule says."""
+        return Tile(self.m, self.n, k, self.warps, self.stages, self.registers)
+
+
+def slug(gpu: str) -> str:
+    """A GPU's name as a file's: ``nvidia-h200``."""
+    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
+
+
+def choice(gpu: str, shape: ConvShape, batch: int, folder: Path = FOLDER) -> Choice | None:
+    """What was measured of this shape at the nearest batch; None: nothing, so `conv_tiles` decides.
+
+    Args:
+        gpu: torch's name of the GPU.
+        batch: the nearest is that of the least ratio.
+
+    Raises:
+        ValueError: a table that is there can't be used; the message says why.
+    """
+    return _found(gpu, shape, batch, folder)
+
+
+@lru_cache(maxsize=1024)
+def _found(gpu: str, shape: ConvShape, batch: int, folder: Path) -> Choice | None:
+    path = folder / f"{slug(gpu)}.json"
+    table = _table(path)
+    entry = None if table is None else table["shapes"].get(shape.key)
+    if table is None or entry is None:
+        return None
+    if table["gpu"] != gpu:  # two names may make one file's name
+        return None
+    nearest = min(entry["batches"], key=lambda b: (abs(math.log(int(b) / max(batch, 1))), int(b)))
+    best = entry["batches"][nearest]
+    return Choice(
+        entry["own"], *(best[name] for name in ("m", "n", "warps", "stages")), best.get("registers"), best["split"]
+    )
+
+
+@lru_cache(maxsize=16)
+def _table(path: Path) -> dict[str, Any] | None:
+    return read(path) if path.is_file() else None
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A table that `benchmarks.tune` wrote. Raises ValueError where it is none, and says why."""
+    try:
+        table = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} can't be read as a table of convolutions: {error}; remove it, or tune again"
+        ) from error
+    wrong = fault(table)
+    if wrong is not None:
+        raise ValueError(f"{path} is no table of convolutions: {wrong}; remove it, or tune again")
+    return table
+
+
+def fault(table: object) -> str | None:
+    """What is wrong with a table; None: nothing."""
+    if not isinstance(table, dict) or table.get("format") != FORMAT:
+        return f"its format is not {FORMAT}"
+    if not isinstance(table.get("gpu"), str) or not isinstance(table.get("shapes"), dict):
+        return "gpu or shapes is missing"
+    for key, entry in table["shapes"].items():
+        batches = entry.get("batches") if isinstance(entry, dict) else None
+        if not isinstance(batches, dict) or not batches or not isinstance(entry.get("own"), bool):
+            return f"{key}: own or batches is missing"
+        for batch, best in batches.items():
+            if not re.fullmatch("[1-9][0-9]*", batch) or not isinstance(best, dict):
+                return f"{key}: {batch!r} is no batch"
+            if wrong := _wrong_tile(best):
+                return f"{key}, batch {batch}: {wrong}"
+    return None
+
+
+def _wrong_tile(best: dict[str, Any]) -> str | None:
+    for name, allowed in ALLOWED.items():
+        value = best.get(name)
+        if type(value) is not int or value not in allowed:
+            return f"{name} is {value!r}; allowed: {', '.join(map(str, allowed))}"
+    registers = best.get("registers")
+    if registers is not None and (type(registers) is not int or not 24 <= registers <= 255):
+        return f"registers is {registers!r}; allowed: null, or 24 ... 255"
+    return None if isinstance(best.get("split"), bool) else f"split is {best.get('split')!r}; allowed: true, false"
