@@ -15,6 +15,7 @@ segments are added in order: by one program, or by many and a second kernel, to 
 Not measured on a GPU. `tests/test_conv_codegen.py` has what the machine code shows.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -22,9 +23,11 @@ import triton
 import triton.language as tl
 from triton.runtime import driver
 
+from .conv_norm import NormOut
 from .conv_parts import accumulate, begin, finish, rows_left
 from .conv_reference import COLUMNS
 from .conv_tiles import Tile, segments_of, side_by_side, statistics_rows, step_of, tile_of
+from .group_norm import launch_group_norm
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -292,8 +295,9 @@ def launch_conv(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    out: torch.Tensor,
+    out: torch.Tensor | None,
     *,
+    norms: Sequence[NormOut] = (),
     second: torch.Tensor | None = None,
     row: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
@@ -305,6 +309,7 @@ def launch_conv(
     padding: int = 1,
     statistics: torch.Tensor | None = None,
     workspace: torch.Tensor | None = None,
+    counters: torch.Tensor | None = None,
     tile: Tile | None = None,
     segments: int | None = None,
     split: bool | None = None,
@@ -318,7 +323,8 @@ def launch_conv(
         x, second: [B, H, W, c0] and [B, H, W, c1] or None; the convolution is over x's channels, then second's.
         weight: by `pack_weight`, 3x3 or 1x1; or by `phase_weights`, [4, ...]: the 3x3 convolution of the 2x image.
         bias: float32 [c_out]; of a block with a shortcut, the sum of both biases; None where it is in `row` already.
-        out: [B, OH, OW, c_out].
+        out: [B, OH, OW, c_out], or None where only its norms are wanted.
+        norms: at most two, where `can_exchange` says so: of the result before it is rounded.
         row: float32 [B, c_out], added to every pixel of its sample: the time embedding, best with the bias in it. A
             slice of a table's columns is no copy: only the last dimension must be contiguous.
         residual: [B, OH, OW, c_out].
@@ -330,10 +336,13 @@ def launch_conv(
         statistics: float32 [B, parts, groups, 2], or None: of each group of channels in each part of a sample the mean
             of the stored values, and the sum of the squares of their distances from it. A part is `statistics_rows`
             pixels, in order; of an upsampled image first those of phase 0, and so on.
-        workspace: float32, at least segments * out.numel() elements; allocated where it is needed and None.
+        workspace, counters: float32 and int32, `conv_scratch`'s numbers of elements or more; allocated where they are
+            needed and None. The counters are zeros, or as a launch of the same shapes left them.
         tile, segments, split: `tile_of`, `segments_of`, `side_by_side` unless given. Only `tile.k` and `segments`
             change the order of the sums, and so the last bits.
     """
+    if out is None:
+        out = torch.empty_like(norms[0].out)
     if out.numel() == 0:
         return
     batch, height, width, c0 = x.shape
@@ -437,6 +446,19 @@ def launch_conv(
             BLOCK_N=64,
             **end,
             num_warps=4,
+        )
+    for norm in norms:
+        launch_group_norm(
+            out,
+            None,
+            norm.out,
+            norm.weight,
+            norm.bias,
+            groups=cout // norm.group,
+            eps=norm.eps,
+            scale=norm.scale,
+            shift=norm.shift,
+            silu=norm.silu,
         )
 
 

@@ -47,7 +47,7 @@ def phase_weights(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 def conv(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     *,
     second: Tensor | None = None,
     row: Tensor | None = None,
@@ -62,14 +62,16 @@ def conv(
 ) -> Tensor:
     """`launch_conv`'s result [B, OH, OW, c_out] in `dtype`, float64 by default: then the oracle of the tests.
 
-    Takes what `launch_conv` takes: NHWC activations and packed weights; three dimensions of `weight` are phases.
+    Takes what `launch_conv` takes: NHWC activations and packed weights; three dimensions of `weight` are phases. What
+    `launch_conv` writes to a norm's `out` is `reference_unet.group_norm` of this, unrounded. Without a bias, c_out is
+    the row's, or else a multiple of 8.
     """
 
     def image(first: Tensor, then: Tensor | None) -> Tensor:
         both = first if then is None else torch.cat([first, then], dim=-1)
         return both.permute(0, 3, 1, 2).to(dtype)
 
-    c_out = bias.shape[0]
+    c_out = row.shape[1] if bias is None and row is not None else weight.shape[-1] if bias is None else bias.shape[0]
     inner = image(x, second)
     out: Tensor
     if weight.ndim == 3:
@@ -80,7 +82,9 @@ def conv(
         if kernel == 3:
             inner = F.pad(inner, (1, 1, 1, 1) if padding else (0, 1, 0, 1))
         out = F.conv2d(inner, taps, stride=stride)
-    out = out.permute(0, 2, 3, 1) + bias.to(dtype)
+    out = out.permute(0, 2, 3, 1)
+    if bias is not None:
+        out = out + bias.to(dtype)
     if row is not None:
         out = out + row.to(dtype)[:, None, None]
     if residual is not None:
