@@ -33,22 +33,27 @@ class ConvShape(NamedTuple):
     cout: int
     kernel: int = 3
     stride: int = 1
+    padding: int = 1
     up: bool = False  # of the doubled image
+    row: bool = False  # a number a sample and channel is added
     s0: int = 0  # channels of the shortcut's sources
     s1: int = 0
     residual: bool = False
-    norms: int = 0  # made in the epilogue
+    norms: tuple[int, ...] = ()  # made in the epilogue, of groups of so many channels
     raw: bool = True  # whether the output itself is written
 
     @property
     def key(self) -> str:
         """In a table, a line to read: ``bfloat16 16x16 256+128 to 256, 3x3, shortcut 384+0``."""
         words = [f"{self.dtype} {self.height}x{self.width} {self.c0}+{self.c1} to {self.cout}"]
-        words += [f"{self.kernel}x{self.kernel}" + (f"/{self.stride}" if self.stride > 1 else "")]
+        words += [
+            f"{self.kernel}x{self.kernel}" + (f"/{self.stride} padding {self.padding}" if self.stride > 1 else "")
+        ]
         words += ["of the doubled image"] if self.up else []
+        words += ["row"] if self.row else []
         words += [f"shortcut {self.s0}+{self.s1}"] if self.s0 else []
         words += ["residual"] if self.residual else []
-        words += [f"norms {self.norms}"] if self.norms else []
+        words += [f"norm of {group}" for group in self.norms]
         words += [] if self.raw else ["not raw"]
         return ", ".join(words)
 
@@ -57,16 +62,15 @@ class Choice(NamedTuple):
     """What was fastest."""
 
     own: bool  # our kernel; else cuDNN's
-    m: int
-    n: int
-    warps: int
-    stages: int
-    registers: int | None
-    split: bool
+    numbers: tuple[int, int, int, int, int | None] | None  # m, n, warps, stages, registers; None: the rule's
+    split: bool | None  # None: the rule's
 
-    def tile(self, k: int) -> Tile:
-        """The tile, with the steps that the rule says."""
-        return Tile(self.m, self.n, k, self.warps, self.stages, self.registers)
+    def tile(self, k: int) -> Tile | None:
+        """The tile, with the steps that the rule says; None: the rule's."""
+        if self.numbers is None:
+            return None
+        m, n, warps, stages, registers = self.numbers
+        return Tile(m, n, k, warps, stages, registers)
 
 
 def slug(gpu: str) -> str:
@@ -98,9 +102,7 @@ def _found(gpu: str, shape: ConvShape, batch: int, folder: Path) -> Choice | Non
         return None
     nearest = min(entry["batches"], key=lambda b: (abs(math.log(int(b) / max(batch, 1))), int(b)))
     best = entry["batches"][nearest]
-    return Choice(
-        entry["own"], *(best[name] for name in ("m", "n", "warps", "stages")), best.get("registers"), best["split"]
-    )
+    return Choice(entry["own"], None if best["tile"] is None else tuple(best["tile"]), best["split"])
 
 
 @lru_cache(maxsize=16)
@@ -141,11 +143,17 @@ def fault(table: object) -> str | None:
 
 
 def _wrong_tile(best: dict[str, Any]) -> str | None:
-    for name, allowed in ALLOWED.items():
-        value = best.get(name)
+    split, tile = best.get("split"), best.get("tile")
+    if not (split is None or isinstance(split, bool)):
+        return f"split is {split!r}; allowed: true, false, null"
+    if tile is None:
+        return None
+    if not isinstance(tile, list) or len(tile) != 5:
+        return f"tile is {tile!r}; allowed: null, or [m, n, warps, stages, registers]"
+    for value, (name, allowed) in zip(tile, ALLOWED.items(), strict=False):
         if type(value) is not int or value not in allowed:
             return f"{name} is {value!r}; allowed: {', '.join(map(str, allowed))}"
-    registers = best.get("registers")
+    registers = tile[4]
     if registers is not None and (type(registers) is not int or not 24 <= registers <= 255):
         return f"registers is {registers!r}; allowed: null, or 24 ... 255"
-    return None if isinstance(best.get("split"), bool) else f"split is {best.get('split')!r}; allowed: true, false"
+    return None
