@@ -5,6 +5,7 @@ from pathlib import Path
 import fastddpm_kernels as kernels
 import pytest
 import torch
+from fastddpm_kernels import registration
 from helpers import random_table
 
 SEEDS = torch.tensor([5, 6, -1])
@@ -71,3 +72,12 @@ def test_a_name_that_does_not_exist():
     with pytest.raises(AttributeError, match="nonsense"):
         kernels.nonsense  # noqa: B018
     assert set(kernels.__all__) <= set(dir(kernels))
+
+
+@pytest.mark.parametrize(("missing", "raised"), [("triton", RuntimeError), ("another", ModuleNotFoundError)])
+def test_without_triton_the_gpus_kernels_say_so(missing, raised):
+    def launch(x):
+        raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
+
+    with pytest.raises(raised, match="pip install triton" if missing == "triton" else "another"):
+        registration.on_its_device(launch)(torch.zeros(2))

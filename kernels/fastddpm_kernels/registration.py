@@ -97,7 +97,14 @@ def on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
     def guarded(*args: Any, **written: Any) -> Any:
         args = tuple(a.contiguous() if isinstance(a, Tensor) and a.ndim == 1 else a for a in args)
         with torch.cuda.device_of(args[0]):
-            return launch(*args, **written)
+            try:
+                return launch(*args, **written)
+            except ModuleNotFoundError as error:
+                if error.name != "triton":
+                    raise
+                raise RuntimeError(
+                    "on a GPU fastddpm needs Triton: pip install triton (on Windows triton-windows)"
+                ) from error
 
     return guarded
 
