@@ -19,23 +19,33 @@ import torch
 import triton
 from compile_kernels import CUOBJDUMP, TARGETS, launched
 from fastddpm_kernels import conv
+from fastddpm_kernels.conv_norm import NormOut
 from triton.backends.compiler import GPUTarget
 
 SHARED = {80: 166912, 90: 232448, 100: 232448}  # bytes that a program may have
+NEXT_4, NEXT_8 = [dict(group=4)], [dict(group=8)]
+NEXT_AND_SKIP_4, NEXT_AND_SKIP_8 = [dict(group=4), dict(group=8)], [dict(group=8), dict(group=16)]
 # size of the input, its channels, output channels; then what else there is. The batch decides the tile.
 SHAPES: dict[str, tuple[tuple[int, int], tuple[int, ...], int, dict[str, Any]]] = {
-    "first-32": ((256, 32), (3,), 128, dict()),
+    "first-32": ((256, 32), (3,), 128, dict(norms=NEXT_4)),
     "last-32": ((256, 32), (128,), 3, dict()),
     "two-sources-32": ((256, 32), (256, 128), 128, dict(row=True)),
-    "shortcut-32": ((256, 32), (128,), 128, dict(shortcut=(256, 128))),
-    "residual-32": ((256, 32), (128,), 128, dict(residual=True)),
-    "statistics-32": ((256, 32), (256, 128), 128, dict(row=True, groups=32)),
-    "down-32": ((256, 32), (128,), 128, dict(stride=2, padding=0)),
-    "residual-16": ((256, 16), (256,), 256, dict(residual=True)),
+    "conv1-32": ((256, 32), (128,), 128, dict(row=True, norms=NEXT_4, raw=False)),
+    "shortcut-32": ((256, 32), (256,), 128, dict(shortcut=(256, 128), norms=NEXT_4)),
+    "residual-32": ((256, 32), (128,), 128, dict(residual=True, norms=NEXT_AND_SKIP_4)),
+    "shifted-32": ((256, 32), (128,), 128, dict(norms=[dict(group=4, shifted=True)], raw=False)),
+    "down-32": ((256, 32), (128,), 128, dict(stride=2, padding=0, norms=NEXT_4)),
+    "conv1-16": ((256, 16), (256,), 256, dict(row=True, norms=NEXT_8, raw=False)),
+    "residual-16": ((256, 16), (256,), 256, dict(residual=True, norms=NEXT_AND_SKIP_8)),
+    "plain-16": ((256, 16), (256,), 256, dict(residual=True)),
     "up-16": ((256, 16), (256,), 256, dict(up=True)),
-    "1x1-residual-16": ((256, 16), (256,), 256, dict(kernel=1, residual=True)),
-    "segments-8": ((1024, 8), (256, 256), 256, dict(row=True)),
-    "batch-1-4": ((1, 4), (256,), 256, dict(shortcut=(256, 256), groups=32)),
+    "up-8": ((256, 8), (256,), 256, dict(up=True, norms=NEXT_8)),
+    "qkv-16": ((256, 16), (256,), 768, dict(kernel=1)),
+    "to-out-16": ((256, 16), (256,), 256, dict(kernel=1, residual=True, norms=NEXT_8)),
+    "segments-8": ((1024, 8), (256, 256), 256, dict(row=True, norms=NEXT_8)),
+    "batch-1-32": ((1, 32), (128,), 128, dict(row=True, norms=NEXT_4, raw=False)),
+    "batch-1-16": ((1, 16), (256,), 256, dict(residual=True, norms=NEXT_AND_SKIP_8)),
+    "batch-1-4": ((1, 4), (256,), 256, dict(shortcut=(256, 256), norms=NEXT_AND_SKIP_8)),
 }
 
 
@@ -56,11 +66,18 @@ def launches(name: str, sm: int) -> list[Any]:
     if shortcut := options.pop("shortcut", None):
         options |= dict(zip(("shortcut_x", "shortcut_second"), (zeros(b, h, h, c) for c in shortcut), strict=False))
         options["shortcut_weight"] = zeros(sum(shortcut), columns)
-    if groups := options.pop("groups", None):
-        options["statistics"] = torch.zeros(b, side**2 // conv.statistics_rows(h * h if up else side**2), groups, 2)
-    conv._shared = lambda device: SHARED[sm]
     out = zeros(b, side, side, c_out)
-    return launched(conv, conv.launch_conv, zeros(b, h, h, c_in[0]), weight, bias, out, **options)
+    options["norms"] = [norm_of(out, **norm) for norm in options.pop("norms", ())]
+    raw = options.pop("raw", True)
+    conv._shared = lambda device: SHARED[sm]
+    return launched(conv, conv.launch_conv, zeros(b, h, h, c_in[0]), weight, bias, out if raw else None, **options)
+
+
+def norm_of(out: torch.Tensor, *, group: int, silu: bool = True, shifted: bool = False) -> NormOut:
+    """A norm of this output."""
+    b, cout = out.shape[0], out.shape[3]
+    slices = torch.zeros(b, 2 * cout).chunk(2, 1) if shifted else (None, None)
+    return NormOut(torch.zeros_like(out), torch.zeros(cout), torch.zeros(cout), group, 1e-5, silu, *slices)
 
 
 def inspect(compiled: Any, options: dict[str, Any]) -> dict[str, Any]:
@@ -81,6 +98,7 @@ def inspect(compiled: Any, options: dict[str, Any]) -> dict[str, Any]:
         "unit": next((op.split(".")[0] for op in sass if op.startswith(("HMMA", "HGMMA", "UTCHMMA"))), ""),
         "asynchronous": dict(Counter(op for op in sass if op.startswith("LDGSTS"))),
         "stores": dict(Counter(op for op in sass if op.startswith("STG"))),
+        "shuffles": sum(op.startswith("SHFL") for op in sass),
         "instructions": sum(not op.startswith("NOP") for op in sass),
     }
 

@@ -6,11 +6,12 @@ block of the sum is read from the image where it lies, and a tap outside the ima
 - the concatenation of two sources: each tap's channels are first those of `x`, then those of `second`;
 - the upsampled image: a 3x3 convolution of it is four 2x2 convolutions of the small one (`phase_weights`);
 - the 1x1 shortcut's output: its input channels are a tenth tap, with weights of their own;
-- what bias, time row, residual and scale would each read and write.
+- what bias, time row, residual and scale would each read and write;
+- nor, where only its norms are read, the convolution's own output (`conv_finish`).
 
 The order of every sum is fixed by the channels and the size of the map: a sample's bits depend neither on its slot nor
 on the batch. Where a map is so small that the sum is divided (`segments_of`), each segment is summed alone and the
-segments are added in order: by one program, or by many and a second kernel, to the same bits.
+segments are added in order: by one program, or by the last of many to be done, to the same bits.
 
 Not measured on a GPU. `tests/test_conv_codegen.py` has what the machine code shows.
 """
@@ -23,11 +24,11 @@ import triton
 import triton.language as tl
 from triton.runtime import driver
 
+from .conv_finish import added, exchanged, merged, moments, store_norm
 from .conv_norm import NormOut
-from .conv_parts import accumulate, begin, finish, rows_left
+from .conv_parts import accumulate, begin, rows_left
 from .conv_reference import COLUMNS
 from .conv_tiles import Tile, segments_of, side_by_side, statistics_rows, step_of, tile_of
-from .group_norm import launch_group_norm
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -42,8 +43,24 @@ def conv_kernel(
     row_ptr,  # float32 [B, cout], each sample's row_units * COUT_UNIT from the one before
     residual_ptr,  # [B, out_height, out_width, cout]
     out_ptr,  # [B, out_height, out_width, cout]
-    partial_ptr,  # float32 [segments, B, out_height, out_width, cout]
-    statistics_ptr,  # float32 [B, parts, groups, 2]
+    scratch_ptr,  # float32: SPLIT [programs, SEGMENTS, BLOCK_M, BLOCK_N]; EXCHANGE [B, parts, 2, cout / unit]
+    counter_ptr,  # int32: of each SPLIT tile; EXCHANGE of each column tile of a sample, or of a tile's samples
+    norm_out_ptr,  # [B, out_height, out_width, cout]
+    norm_weight_ptr,  # float32 [cout]
+    norm_bias_ptr,
+    norm_scale_ptr,  # float32 [B, cout], by its stride
+    norm_shift_ptr,
+    norm_scale_stride,
+    norm_shift_stride,
+    norm_eps,
+    other_out_ptr,  # and of a second norm
+    other_weight_ptr,
+    other_bias_ptr,
+    other_scale_ptr,
+    other_shift_ptr,
+    other_scale_stride,
+    other_shift_stride,
+    other_eps,
     batch,
     height,
     width,
@@ -72,27 +89,44 @@ def conv_kernel(
     COLUMN_UNIT: tl.constexpr,
     COUT_UNIT: tl.constexpr,
     SEGMENTS: tl.constexpr,
-    SPLIT: tl.constexpr,  # one segment a program, to `partial`
+    SPLIT: tl.constexpr,  # one segment a program; the last one to be done adds them
     BIAS: tl.constexpr,
     ROW: tl.constexpr,
     RESIDUAL: tl.constexpr,
     SCALED: tl.constexpr,
     ONE_SAMPLE: tl.constexpr,
-    PARTS: tl.constexpr,
+    RAW: tl.constexpr,  # whether `out` is wanted
+    NORMS: tl.constexpr,
+    PIXEL_BITS: tl.constexpr,  # of a sample's output, 2^PIXEL_BITS where there are norms
     PART_BITS: tl.constexpr,
+    UNIT_BITS: tl.constexpr,
     GROUP_BITS: tl.constexpr,
+    SCALE: tl.constexpr,
+    SILU: tl.constexpr,
+    OTHER_GROUP_BITS: tl.constexpr,
+    OTHER_SCALE: tl.constexpr,
+    OTHER_SILU: tl.constexpr,
+    EXCHANGE: tl.constexpr,  # a sample is not one program's
+    WAIT: tl.constexpr,
+    TILES: tl.constexpr,  # of a sample, of a phase; 1 where they don't wait for each other
     WIDE: tl.constexpr,
+    COLUMN_BITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     c0, c1, s0, s1 = c0_units * UNIT, c1_units * UNIT, s0_units * UNIT, s1_units * UNIT
     columns, cout = column_units * COLUMN_UNIT, cout_units * COUT_UNIT
-    # Programs that share pixels run together: their pixels come from L2, and weights, few, stay there.
+    # Programs that share pixels run together: their pixels come from L2, and weights, few, stay there. So do those that
+    # wait for each other: all of a sample are started before any of the next one.
     across = tl.cdiv(cout, BLOCK_N)
-    tile = tl.program_id(0) // across
-    column = (tl.program_id(0) - tile * across) * BLOCK_N
-    phase = tl.program_id(1)
+    rest = tl.program_id(0) // across
+    column_tile = tl.program_id(0) - rest * across
+    column = column_tile * BLOCK_N
+    PHASES: tl.constexpr = 4 if UP else 1
+    span = rest // (PHASES * TILES)
+    phase = rest // TILES % PHASES
+    tile = span * TILES + rest % TILES
     py, px = phase // 2, phase % 2
 
     pixels = tall * wide
@@ -110,7 +144,7 @@ def conv_kernel(
     if UP:
         to = (behind * (2 * tall) + 2 * y + py) * (2 * wide) + 2 * x + px
         out_pixels = 4 * pixels
-    segment = tl.program_id(2)
+    segment = tl.program_id(1)
     total = begin(
         bias_ptr,
         row_ptr,
@@ -205,90 +239,97 @@ def conv_kernel(
             WIDE,
             BLOCK_K,
         )
+    done = True
     if SPLIT:
+        done, total = added(total, scratch_ptr, counter_ptr, segment, SEGMENTS, BLOCK_M, BLOCK_N)
+    if done:
+        if SCALED:
+            total *= scale
         keep = (r < rows)[:, None] & (n < cout)[None, :]
-        whole = batch.to(tl.int64) * out_pixels * cout
-        place = partial_ptr + segment * whole + sample * out_pixels * cout
-        tl.store(place + (to * cout)[:, None] + n[None, :], total, keep)
-    else:
-        finish(
-            total,
-            out_ptr,
-            statistics_ptr,
-            sample,
-            first,
-            rows,
-            to,
-            column,
-            pixels,
-            out_pixels,
-            cout,
-            scale,
-            phase,
-            SCALED,
-            PARTS,
-            PART_BITS,
-            GROUP_BITS,
-            BLOCK_M,
-            BLOCK_N,
-        )
-
-
-@triton.jit(do_not_specialize=["batch"])
-def add_segments_kernel(
-    partial_ptr,  # float32 [SEGMENTS, B, pixels, cout]
-    out_ptr,  # [B, pixels, cout]
-    statistics_ptr,  # float32 [B, pixels / PART, groups, 2]
-    batch,
-    pixels,
-    cout_units,
-    scale,
-    COUT_UNIT: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    SCALED: tl.constexpr,
-    PARTS: tl.constexpr,
-    PART_BITS: tl.constexpr,
-    GROUP_BITS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Add the segments in order, and finish."""
-    cout = cout_units * COUT_UNIT
-    start = tl.program_id(0).to(tl.int64) * BLOCK_M
-    column = tl.program_id(1) * BLOCK_N
-    sample = start // pixels
-    first = (start - sample * pixels).to(tl.int32)
-    rows = rows_left(batch, sample, pixels)
-    r = first + tl.arange(0, BLOCK_M)
-    n = column + tl.arange(0, BLOCK_N)
-    keep = (r < rows)[:, None] & (n < cout)[None, :]
-    whole = batch.to(tl.int64) * pixels * cout
-    place = partial_ptr + sample * pixels * cout
-    place += (r * cout)[:, None] + n[None, :]
-    total = tl.load(place, keep, other=0.0)
-    for segment in tl.static_range(1, SEGMENTS):
-        total += tl.load(place + segment * whole, keep, other=0.0)
-    finish(
-        total,
-        out_ptr,
-        statistics_ptr,
-        sample,
-        first,
-        rows,
-        r,
-        column,
-        pixels,
-        pixels,
-        cout,
-        scale,
-        0,
-        SCALED,
-        PARTS,
-        PART_BITS,
-        GROUP_BITS,
-        BLOCK_M,
-        BLOCK_N,
-    )
+        place = (to * cout)[:, None] + n[None, :]
+        begins = sample * out_pixels * cout
+        if RAW:
+            tl.store(out_ptr + begins + place, total.to(out_ptr.dtype.element_ty), keep)
+        if NORMS > 0:
+            PARTS: tl.constexpr = 1 << (PIXEL_BITS - PART_BITS)  # of a sample
+            IMAGES: tl.constexpr = (BLOCK_M * PHASES + (1 << PIXEL_BITS) - 1) >> PIXEL_BITS  # in a tile
+            mean, squares = moments(total, PART_BITS, COLUMN_BITS, UNIT_BITS)
+            if EXCHANGE:
+                mean, squares = exchanged(
+                    mean,
+                    squares,
+                    scratch_ptr,
+                    counter_ptr + span * across + column_tile,
+                    sample,
+                    batch,
+                    (phase * pixels + first) >> PART_BITS,
+                    column,
+                    cout,
+                    IMAGES,
+                    (BLOCK_M >> PART_BITS) // IMAGES,
+                    PARTS,
+                    UNIT_BITS,
+                    PHASES * TILES,
+                    WAIT,
+                )
+            mean, squares = merged(
+                mean, squares, 1 << (PART_BITS + UNIT_BITS), COLUMN_BITS - UNIT_BITS, PIXEL_BITS - PART_BITS
+            )
+            store_norm(
+                total,
+                mean,
+                squares,
+                norm_out_ptr,
+                norm_weight_ptr,
+                norm_bias_ptr,
+                norm_scale_ptr,
+                norm_shift_ptr,
+                norm_scale_stride,
+                norm_shift_stride,
+                norm_eps,
+                place,
+                keep,
+                sample,
+                batch,
+                begins,
+                n,
+                cout,
+                PIXEL_BITS,
+                UNIT_BITS,
+                GROUP_BITS,
+                SCALE,
+                SILU,
+                IMAGES,
+                COLUMN_BITS,
+            )
+            if NORMS > 1:
+                store_norm(
+                    total,
+                    mean,
+                    squares,
+                    other_out_ptr,
+                    other_weight_ptr,
+                    other_bias_ptr,
+                    other_scale_ptr,
+                    other_shift_ptr,
+                    other_scale_stride,
+                    other_shift_stride,
+                    other_eps,
+                    place,
+                    keep,
+                    sample,
+                    batch,
+                    begins,
+                    n,
+                    cout,
+                    PIXEL_BITS,
+                    UNIT_BITS,
+                    OTHER_GROUP_BITS,
+                    OTHER_SCALE,
+                    OTHER_SILU,
+                    IMAGES,
+                    COLUMN_BITS,
+                )
 
 
 def launch_conv(
@@ -307,7 +348,6 @@ def launch_conv(
     scale: float = 1.0,
     stride: int = 1,
     padding: int = 1,
-    statistics: torch.Tensor | None = None,
     workspace: torch.Tensor | None = None,
     counters: torch.Tensor | None = None,
     tile: Tile | None = None,
@@ -333,133 +373,148 @@ def launch_conv(
         scale: 1 / rescale factor.
         stride, padding: of a 3x3 convolution; stride 1 or 2. Padding is 1 pixel on all sides, or, 0, one zero row
             below and one column to the right (diffusers' `downsample_padding=0`).
-        statistics: float32 [B, parts, groups, 2], or None: of each group of channels in each part of a sample the mean
-            of the stored values, and the sum of the squares of their distances from it. A part is `statistics_rows`
-            pixels, in order; of an upsampled image first those of phase 0, and so on.
         workspace, counters: float32 and int32, `conv_scratch`'s numbers of elements or more; allocated where they are
             needed and None. The counters are zeros, or as a launch of the same shapes left them.
         tile, segments, split: `tile_of`, `segments_of`, `side_by_side` unless given. Only `tile.k` and `segments`
             change the order of the sums, and so the last bits.
     """
-    if out is None:
-        out = torch.empty_like(norms[0].out)
-    if out.numel() == 0:
+    like = norms[0].out if out is None else out
+    if like.numel() == 0:
         return
     batch, height, width, c0 = x.shape
-    _, out_height, out_width, cout = out.shape
+    _, out_height, out_width, cout = like.shape
     c1, s0, s1 = (0 if t is None else t.shape[3] for t in (second, shortcut_x, shortcut_second))
     up = weight.ndim == 3
     tall, wide = (height, width) if up else (out_height, out_width)
     kernel = 2 if up else 3 if weight.shape[0] == 9 * (c0 + c1) else 1
     flat = kernel == 3 and c0 < 16 and c1 == s0 == 0
-    rows, phases, columns = batch * tall * wide, 4 if up else 1, weight.shape[-1]
+    pixels, phases, columns = tall * wide, 4 if up else 1, weight.shape[-1]
 
-    part, group = 0, 0
-    if statistics is not None:
-        part, group = statistics_rows(tall * wide), cout // statistics.shape[2]
     k = tile.k if tile else step_of((c0, c1, s0, s1), x.dtype, flat=flat)
     counts = [9 * c0] if flat else [c0, c1] * kernel * kernel + [s0, s1]
     steps = sum(triton.cdiv(count, k) for count in counts)
-    segments = segments or (1 if up else segments_of(tall * wide, steps))
+    segments = segments or (1 if up else segments_of(pixels, steps))
+    groups = [norm.group for norm in norms]
     if tile is None:
-        # Segments have a second total; statistics need registers; and a 1x1 convolution is over too soon.
-        most = 64 * 64 if segments > 1 else 128 * 128 if part or kernel == 1 else 128 * 256
-        spare = residual is None and not part and not flat
-        tile = tile_of(rows * phases, cout, k, x.dtype, most=most, spare=spare, shared=_shared(x.device))
-    tiles = triton.cdiv(rows, tile.m) * triton.cdiv(cout, tile.n)
-    split = segments > 1 and (side_by_side(tiles) if split is None else split)
-    if split and workspace is None:
-        workspace = torch.empty(segments * out.numel(), dtype=torch.float32, device=out.device)
+        # Segments have a second total; norms need registers; and a 1x1 convolution is over too soon.
+        most = 64 * 64 if segments > 1 else 128 * 128 if norms or kernel == 1 else 128 * 256
+        spare = residual is None and not norms and not flat
+        tile = tile_of(
+            batch * pixels,
+            cout,
+            k,
+            x.dtype,
+            most=most,
+            spare=spare,
+            shared=_shared(x.device),
+            phases=phases,
+            pixels=pixels if norms else 0,
+            group=max(groups, default=1),
+        )
+    tiles, across = triton.cdiv(batch * pixels, tile.m), triton.cdiv(cout, tile.n)
+    together = max(1, pixels // tile.m) if norms else 1  # tiles of a sample that wait for each other
+    exchange = len(norms) > 0 and together * phases > 1
+    split = segments > 1 and not exchange and (side_by_side(tiles * across) if split is None else split)
+    part_bits = statistics_rows(pixels).bit_length() - 1
+    if workspace is None and (split or exchange):
+        statistics = 2 * like.numel() // min(groups, default=1) >> part_bits
+        floats = tiles * across * segments * tile.m * tile.n if split else statistics
+        workspace = torch.empty(floats, dtype=torch.float32, device=x.device)
+    if counters is None and (split or exchange):
+        counters = torch.zeros(tiles * across, dtype=torch.int32, device=x.device)
 
     unit = 8 if all(c % 8 == 0 for c in (c0, c1, s0, s1)) else 1
     apart = cout if row is None else row.stride(0)
     cout_unit = 8 if cout % 8 == 0 and apart % 8 == 0 else 1
-    end = dict(SCALED=scale != 1.0, PARTS=part > 0, PART_BITS=part.bit_length() - 1, GROUP_BITS=group.bit_length() - 1)
-    conv_kernel[(tiles, phases, segments if split else 1)](
-        x,
-        _or(second, x),
-        weight,
-        _or(shortcut_x, x),
-        _or(shortcut_second, x),
-        _or(shortcut_weight, weight),
-        _or(bias, out),
-        _or(row, out),
-        _or(residual, out),
-        out,
-        _or(workspace, out),
-        _or(statistics, out),
-        batch,
-        height,
-        width,
-        tall,
-        wide,
-        c0 // unit,
-        c1 // unit,
-        s0 // unit,
-        s1 // unit,
-        columns // COLUMNS,
-        cout // cout_unit,
-        apart // cout_unit,
-        triton.cdiv(steps, segments),
-        steps,
-        scale,
-        KERNEL=kernel,
-        STRIDE=stride,
-        PADDING=padding if kernel == 3 else 0,
-        UP=up,
-        TWO=c1 > 0,
-        SHORTCUT=s0 > 0,
-        FLAT=flat,
-        FULL_K=not flat and all(c % tile.k == 0 for c in (c0, c1, s0, s1)),
-        FULL_N=columns % tile.n == 0,
-        UNIT=unit,
-        COLUMN_UNIT=COLUMNS,
-        COUT_UNIT=cout_unit,
-        SEGMENTS=segments,
-        SPLIT=split,
-        ONE_SAMPLE=tall * wide % tile.m == 0,
-        WIDE=triton.knobs.runtime.interpret and x.dtype == torch.bfloat16,
-        BLOCK_M=tile.m,
-        BLOCK_N=tile.n,
-        BLOCK_K=tile.k,
-        BIAS=bias is not None,
-        ROW=row is not None,
-        RESIDUAL=residual is not None,
-        **end,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        maxnreg=tile.registers,
-    )
-    if split:
-        block_m, pixels = max(16, part), out_height * out_width
-        add_segments_kernel[(triton.cdiv(rows, block_m), triton.cdiv(cout, 64))](
-            workspace,
-            out,
-            _or(statistics, out),
+    normalised, other = (_norm(norms[i] if i < len(norms) else None, like) for i in range(2))
+    interpreted = triton.knobs.runtime.interpret
+    # The interpreter runs one program after the other: in its first run all statistics are left, in the second found.
+    for _ in range(2 if interpreted and exchange else 1):
+        conv_kernel[(tiles * phases * across, segments if split else 1)](
+            x,
+            _or(second, x),
+            weight,
+            _or(shortcut_x, x),
+            _or(shortcut_second, x),
+            _or(shortcut_weight, weight),
+            _or(bias, like),
+            _or(row, like),
+            _or(residual, like),
+            like,
+            _or(workspace, like),
+            _or(counters, like),
+            *normalised,
+            *other,
             batch,
-            pixels,
+            height,
+            width,
+            tall,
+            wide,
+            c0 // unit,
+            c1 // unit,
+            s0 // unit,
+            s1 // unit,
+            columns // COLUMNS,
             cout // cout_unit,
+            apart // cout_unit,
+            triton.cdiv(steps, segments),
+            steps,
             scale,
+            KERNEL=kernel,
+            STRIDE=stride,
+            PADDING=padding if kernel == 3 else 0,
+            UP=up,
+            TWO=c1 > 0,
+            SHORTCUT=s0 > 0,
+            FLAT=flat,
+            FULL_K=not flat and all(c % tile.k == 0 for c in (c0, c1, s0, s1)),
+            FULL_N=columns % tile.n == 0,
+            UNIT=unit,
+            COLUMN_UNIT=COLUMNS,
             COUT_UNIT=cout_unit,
             SEGMENTS=segments,
-            BLOCK_M=block_m,
-            BLOCK_N=64,
-            **end,
-            num_warps=4,
+            SPLIT=split,
+            ONE_SAMPLE=pixels % tile.m == 0,
+            WIDE=interpreted and x.dtype == torch.bfloat16,
+            COLUMN_BITS=tile.n.bit_length() - 1,
+            BLOCK_M=tile.m,
+            BLOCK_N=tile.n,
+            BLOCK_K=tile.k,
+            BIAS=bias is not None,
+            ROW=row is not None,
+            RESIDUAL=residual is not None,
+            SCALED=scale != 1.0,
+            RAW=out is not None,
+            PIXEL_BITS=(phases * pixels).bit_length() - 1 if norms else 0,
+            PART_BITS=part_bits,
+            UNIT_BITS=min(groups, default=1).bit_length() - 1,
+            EXCHANGE=exchange,
+            WAIT=not interpreted,
+            TILES=together,
+            **_constants(norms),
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            maxnreg=tile.registers,
         )
-    for norm in norms:
-        launch_group_norm(
-            out,
-            None,
-            norm.out,
-            norm.weight,
-            norm.bias,
-            groups=cout // norm.group,
-            eps=norm.eps,
-            scale=norm.scale,
-            shift=norm.shift,
-            silu=norm.silu,
-        )
+
+
+def _norm(norm: NormOut | None, other: torch.Tensor) -> list[torch.Tensor | int | float]:
+    """The kernel's arguments of a norm."""
+    if norm is None:
+        return [other] * 5 + [0, 0, 0.0]
+    scale, shift = _or(norm.scale, other), _or(norm.shift, other)
+    return [norm.out, norm.weight, norm.bias, scale, shift, scale.stride(0), shift.stride(0), norm.eps]
+
+
+def _constants(norms: Sequence[NormOut]) -> dict[str, int | bool]:
+    """What is compiled for the norms."""
+    constants: dict[str, int | bool] = {"NORMS": len(norms)}
+    for i, prefix in enumerate(("", "OTHER_")):
+        norm = norms[i] if i < len(norms) else None
+        constants[prefix + "GROUP_BITS"] = norm.group.bit_length() - 1 if norm else 0
+        constants[prefix + "SCALE"] = norm is not None and norm.scale is not None
+        constants[prefix + "SILU"] = norm is not None and norm.silu
+    return constants
 
 
 @lru_cache

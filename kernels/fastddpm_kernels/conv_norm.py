@@ -5,11 +5,8 @@ from typing import NamedTuple
 
 import torch
 
-from .conv_tiles import FILL
+from .conv_tiles import FILL, TOGETHER, Tile, programs, statistics_rows
 
-# Programs of an image that may wait for each other. GPUs start programs in order of their index, and an image's are
-# neighbours: with fewer than a GPU holds at once, those that are waited for have started or will.
-TOGETHER = 32
 WIDEST = 64  # channels a group: a column tile has whole groups
 SEGMENTS = 8  # of a sum, at most
 
@@ -57,9 +54,8 @@ def can_exchange(pixels: int, cout: int, groups: Sequence[int], dtype: torch.dty
         return False
     if any(group & (group - 1) or group > WIDEST or cout % group for group in groups):
         return False
-    m, n = (64, 64) if dtype == torch.float32 else (128, 128)  # the largest tile
-    tiles = -(-pixels // phases // m) * phases
-    return tiles == 1 or tiles * -(-cout // n) <= TOGETHER
+    side = 64 if dtype == torch.float32 else 128
+    return programs(Tile(side, side, 0, 0, 0), pixels // phases, phases, cout) <= TOGETHER
 
 
 def conv_scratch(batch: int, pixels: int, cout: int, groups: Sequence[int] = (), *, up: bool = False) -> Scratch:
@@ -71,5 +67,5 @@ def conv_scratch(batch: int, pixels: int, cout: int, groups: Sequence[int] = (),
     if not groups:
         return Scratch(0, 0)
     unit = min(groups)
-    parts = pixels // min(64, pixels // 4 if up else pixels)
+    parts = pixels // statistics_rows(pixels // 4 if up else pixels)
     return Scratch(2 * batch * parts * (cout // unit), batch * (columns // 16))

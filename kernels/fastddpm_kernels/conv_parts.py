@@ -1,4 +1,4 @@
-"""The halves of a convolution's kernel: the sum over taps and channels; what happens to it before it is stored."""
+"""The sum of a convolution's kernel, over taps and channels, and what it begins with."""
 
 import triton
 import triton.language as tl
@@ -141,63 +141,3 @@ def accumulate(
             a, w = a.to(tl.float32), w.to(tl.float32)
         acc = tl.dot(a, w, acc, input_precision="ieee")
     return acc
-
-
-@triton.jit
-def pair_sums(values, ROW_BITS: tl.constexpr, COLUMN_BITS: tl.constexpr):
-    """Sums of 2^ROW_BITS x 2^COLUMN_BITS neighbours, always of two at a time: so in every layout the same bits."""
-    for _ in tl.static_range(COLUMN_BITS):
-        values = tl.sum(values.reshape(values.shape[0], values.shape[1] // 2, 2), 2)
-    for _ in tl.static_range(ROW_BITS):
-        values = tl.sum(values.reshape(values.shape[0] // 2, 2, values.shape[1]), 1)
-    return values
-
-
-@triton.jit
-def finish(
-    acc,  # float32 [BLOCK_M, BLOCK_N]
-    out_ptr,
-    statistics_ptr,
-    sample,  # int64, the tile's first
-    first,  # the tile's first row, counted from that sample's beginning
-    rows,  # that there are, counted so
-    pixel,  # [BLOCK_M], in the output, counted so
-    column,  # the tile's first
-    pixels,  # rows a sample, of a phase
-    out_pixels,  # of a sample
-    cout,
-    scale,
-    phase,
-    SCALED: tl.constexpr,
-    PARTS: tl.constexpr,  # write statistics, of parts of 2^PART_BITS pixels and groups of 2^GROUP_BITS channels
-    PART_BITS: tl.constexpr,
-    GROUP_BITS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Store acc * scale, and the statistics of what is stored."""
-    n = column + tl.arange(0, BLOCK_N)
-    keep = (first + tl.arange(0, BLOCK_M) < rows)[:, None] & (n < cout)[None, :]
-    if SCALED:
-        acc *= scale
-    stored = acc.to(out_ptr.dtype.element_ty)
-    place = out_ptr + sample * out_pixels * cout
-    tl.store(place + (pixel * cout)[:, None] + n[None, :], stored, keep)
-    if PARTS:
-        tl.debug_barrier()  # read back: in the layout of the store, where a group lies in one thread
-        values = tl.load(place + (pixel * cout)[:, None] + n[None, :], keep, other=0.0).to(tl.float32)
-        PART: tl.constexpr = 1 << PART_BITS
-        GROUP: tl.constexpr = 1 << GROUP_BITS
-        mean = pair_sums(values, PART_BITS, GROUP_BITS) * (1.0 / (PART * GROUP))
-        away = values.reshape(BLOCK_M // PART, PART, BLOCK_N // GROUP, GROUP) - mean[:, None, :, None]
-        squares = pair_sums((away * away).reshape(BLOCK_M, BLOCK_N), PART_BITS, GROUP_BITS)
-        r = first + tl.arange(0, BLOCK_M // PART) * PART
-        ahead = r // pixels
-        part = phase * (pixels // PART) + (r - ahead * pixels) // PART
-        group = column // GROUP + tl.arange(0, BLOCK_N // GROUP)
-        groups = cout // GROUP
-        parts = out_pixels // PART
-        to = statistics_ptr + (((sample + ahead) * parts + part) * groups * 2)[:, None] + (group * 2)[None, :]
-        written = (r < rows)[:, None] & (group < groups)[None, :]
-        tl.store(to, mean, written)
-        tl.store(to + 1, squares, written)

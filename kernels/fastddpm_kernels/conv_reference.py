@@ -108,17 +108,3 @@ def _phases(inner: Tensor, weight: Tensor) -> Tensor:
         near = F.pad(inner, (1 - px, px, 1 - py, py))
         out[:, :, py::2, px::2] = F.conv2d(near, unpacked(weight[phase], 2))
     return out
-
-
-def statistics(out: Tensor, groups: int, rows: int, phases: int = 1) -> Tensor:
-    """What `launch_conv` writes to `statistics`, [B, parts, groups, 2]: mean, and sum of squares about it, float64.
-
-    A part is `rows` pixels in order; with four phases, of each phase's own quarter of the pixels in turn.
-    """
-    b, h, w, c = out.shape
-    values = out.double()
-    if phases == 4:
-        values = values.reshape(b, h // 2, 2, w // 2, 2, c).permute(0, 2, 4, 1, 3, 5)
-    values = values.reshape(b, -1, rows, groups, c // groups).transpose(2, 3).flatten(3)
-    mean = values.mean(3)
-    return torch.stack([mean, (values - mean[..., None]).square().sum(3)], dim=3)

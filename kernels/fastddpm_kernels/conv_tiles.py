@@ -6,6 +6,9 @@ import torch
 
 # Programs that fill a GPU: the multiprocessors of an H100 or H200 (an A100 has 108, a B200 148).
 FILL = 132
+# Programs of a sample that may wait for each other. GPUs start programs in order of their index, and a sample's are
+# neighbours: with fewer than a GPU holds at once, those that are waited for have been started, or will be.
+TOGETHER = 32
 
 
 class Tile(NamedTuple):
@@ -42,13 +45,20 @@ def tile_of(
     most: int = 128 * 256,
     spare: bool = True,
     shared: int = 232448,
+    phases: int = 1,
+    pixels: int = 0,
+    group: int = 1,
 ) -> Tile:
     """The largest tile that fills the GPU with programs, for rows x cout outputs in steps of k.
 
     Args:
+        rows: of a phase.
         most: outputs, where registers are needed for something else.
-        spare: no residual, no statistics and not `flat`: these need more than 128 registers.
+        spare: no residual, no norms and not `flat`: these need more than 128 registers.
         shared: bytes of shared memory that a program may have; an H100's unless given.
+        phases: four of an upsampled image.
+        pixels: rows of a sample and phase, where norms make its programs wait for each other; 0: they don't.
+        group: channels that one program must have: the norms' largest group.
     """
     if dtype == torch.float32:
         return Tile(64, 16 if cout <= 16 else 64, k, 4, 2)
@@ -63,13 +73,21 @@ def tile_of(
         Tile(128, 128, k, 8, 3, 128 if hopper and spare else None),
         Tile(128, 64, k, 4, 3),  # 72 KB: three
         Tile(64, 64, k, 4, 4),  # 64 KB: three
+        Tile(64, 32, k, 4, 4),
     ]
-    for tile in tiles:
+    able = [tile for tile in tiles if tile.n % group == 0 and programs(tile, pixels, phases, cout) <= TOGETHER]
+    for tile in able:
         held = 2 * (tile.m + tile.n) * k * (tile.stages - (not hopper))
         fits = held <= shared and tile.n <= max(cout, 64) and tile.m * tile.n <= most
-        if fits and -(-rows // tile.m) * -(-cout // tile.n) >= FILL:
+        if fits and -(-rows // tile.m) * phases * -(-cout // tile.n) >= FILL:
             return tile
-    return Tile(64, 32, k, 4, 4)
+    return able[-1]
+
+
+def programs(tile: Tile, pixels: int, phases: int, cout: int) -> int:
+    """How many of a sample wait for each other, counted with those that stand between them in the order of starting."""
+    tiles = max(1, pixels // tile.m) * phases if pixels else 1
+    return tiles * -(-cout // tile.n) if tiles > 1 else 1
 
 
 def segments_of(pixels: int, steps: int) -> int:
@@ -86,7 +104,5 @@ def side_by_side(tiles: int) -> bool:
 
 
 def statistics_rows(pixels: int) -> int:
-    """How many pixels of a sample go into one part of its statistics: the largest power of 2 up to 64 that divides
-    `pixels`, those of one phase where the image is upsampled.
-    """
+    """How many pixels of a sample, or of its phase, are one part of its statistics: no tile has less of it."""
     return min(64, pixels & -pixels)

@@ -1,0 +1,199 @@
+"""What a convolution's program does with its sums: store them, and make the GroupNorms that follow of them.
+
+A part is the pixels of a sample that a program surely has (`statistics_rows`), a unit the channels of the smaller
+group. Each program reduces its registers to mean and sum of squared distances from it of each part and unit, never
+E[x^2] - E[x]^2; where other programs have the rest of the image, it writes these to memory, waits until all of them
+have, and reads them back; then it merges all parts of the image (Chan, Golub & LeVeque 1979), and normalises what it
+still has in registers. All sums are trees of two at a time whose order is the indices', not the layout's: in every tile
+the same bits.
+"""
+
+import triton
+import triton.language as tl
+
+from .group_norm_parts import silu_of
+
+
+@triton.jit
+def halves(values, BIT: tl.constexpr):
+    """Values whose flat indices differ in bit BIT alone, along axis 1: no data moves."""
+    return values.reshape(values.numel >> (BIT + 1), 2, 1 << BIT)
+
+
+@triton.jit
+def pair_sums(values, ROW_BITS: tl.constexpr, COLUMN_BITS: tl.constexpr, UNIT_BITS: tl.constexpr):
+    """Sums of 2^ROW_BITS rows (16 at most) x 2^UNIT_BITS of the 2^COLUMN_BITS columns, of two at a time.
+
+    First those pairs that a thread has in the layout of a tensor core's result: columns 1 apart, rows 8 apart, columns
+    8 apart. Each of them halves what the shuffles have to move.
+    """
+    LOW: tl.constexpr = 1 if UNIT_BITS > 0 else 0
+    if UNIT_BITS > 0:
+        values = tl.sum(halves(values, 0), 1)
+    if ROW_BITS > 3:
+        values = tl.sum(halves(values, COLUMN_BITS - LOW + 3), 1)
+    for _ in tl.static_range(3, UNIT_BITS):
+        values = tl.sum(halves(values, 2), 1)
+    for _ in tl.static_range(1, 3 if UNIT_BITS > 3 else UNIT_BITS):
+        values = tl.sum(halves(values, 0), 1)
+    for _ in tl.static_range(0, 3 if ROW_BITS > 3 else ROW_BITS):
+        values = tl.sum(halves(values, COLUMN_BITS - UNIT_BITS), 1)
+    return values.reshape(values.numel >> (COLUMN_BITS - UNIT_BITS), 1 << (COLUMN_BITS - UNIT_BITS))
+
+
+@triton.jit
+def merged(mean, squares, count: tl.constexpr, BIT: tl.constexpr, LEVELS: tl.constexpr):
+    """Mean and squares of 2^LEVELS neighbours together, in index bits BIT and above, of `count` values each."""
+    sign = 1.0 - 2.0 * tl.arange(0, 2).to(tl.float32)
+    for level in tl.static_range(LEVELS):
+        both = halves(mean, BIT)
+        away = tl.sum(both * sign[None, :, None], 1)
+        squares = tl.sum(halves(squares, BIT), 1) + away * away * (count * 0.5 * (1 << level))
+        mean = tl.sum(both, 1) * 0.5
+    return mean.reshape(mean.numel >> BIT, 1 << BIT), squares.reshape(mean.numel >> BIT, 1 << BIT)
+
+
+@triton.jit
+def moments(values, PART_BITS: tl.constexpr, COLUMN_BITS: tl.constexpr, UNIT_BITS: tl.constexpr):
+    """Mean and sum of squared distances from it, [rows / 2^PART_BITS, 2^COLUMN_BITS / 2^UNIT_BITS].
+
+    16 rows of a unit lie in one warp; what follows is between warps, and small.
+    """
+    ROW_BITS: tl.constexpr = 4 if PART_BITS > 4 else PART_BITS
+    PART: tl.constexpr = 1 << ROW_BITS
+    UNIT: tl.constexpr = 1 << UNIT_BITS
+    mean = pair_sums(values, ROW_BITS, COLUMN_BITS, UNIT_BITS) * (1.0 / (PART * UNIT))
+    M: tl.constexpr = values.shape[0]
+    N: tl.constexpr = values.shape[1]
+    away = values.reshape(M // PART, PART, N // UNIT, UNIT) - mean[:, None, :, None]
+    squares = pair_sums((away * away).reshape(M, N), ROW_BITS, COLUMN_BITS, UNIT_BITS)
+    return merged(mean, squares, PART * UNIT, COLUMN_BITS - UNIT_BITS, PART_BITS - ROW_BITS)
+
+
+@triton.jit
+def added(total, partial_ptr, counter_ptr, segment, SEGMENTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """Leave a segment's sum in memory; the last program to do so has (True, all of them added in order)."""
+    tile = tl.program_id(0).to(tl.int64)
+    place = partial_ptr + tile * (SEGMENTS * M * N) + tl.arange(0, M)[:, None] * N + tl.arange(0, N)[None, :]
+    tl.store(place + segment * (M * N), total)
+    tl.debug_barrier()  # all threads have
+    last = tl.atomic_add(counter_ptr + tile, 1, sem="acq_rel", scope="gpu") == SEGMENTS - 1
+    if last:
+        tl.store(counter_ptr + tile, 0)  # for the next launch
+        total = tl.load(place, cache_modifier=".cg")
+        for other in tl.static_range(1, SEGMENTS):
+            total += tl.load(place + other * (M * N), cache_modifier=".cg")
+    return last, total
+
+
+@triton.jit
+def all_there(counter_ptr, PROGRAMS: tl.constexpr, WAIT: tl.constexpr):
+    """Wait until PROGRAMS programs (a power of two) are here; False where it took too long.
+
+    The counter never goes back: each launch adds PROGRAMS to it, and may find any multiple of that.
+    """
+    tl.debug_barrier()  # all threads have written what the others will read
+    before = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
+    target = before - (before & (PROGRAMS - 1)) + PROGRAMS
+    missing = target - before - 1
+    if WAIT:
+        rounds = 0
+        while (missing > 0) & (rounds < 4194304):  # seconds: something is broken, and a hang would hide what
+            missing = target - tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
+            rounds += 1
+        return missing <= 0
+    return missing <= PROGRAMS
+
+
+@triton.jit
+def exchanged(
+    mean,  # float32 [IMAGES OWN, units]
+    squares,
+    statistics_ptr,  # float32 [B, PARTS, 2, cout / UNIT]
+    counter_ptr,
+    sample,  # int64, the tile's first
+    batch,
+    first_part,  # of the tile's first sample
+    column,  # the tile's first
+    cout,
+    IMAGES: tl.constexpr,  # of a tile
+    OWN: tl.constexpr,  # parts of an image that a tile has
+    PARTS: tl.constexpr,  # that there are
+    UNIT_BITS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    WAIT: tl.constexpr,
+):
+    """Mean and squares of all parts of the tile's images, [IMAGES PARTS, units]: NaN where they did not come."""
+    units = cout >> UNIT_BITS
+    u = (column >> UNIT_BITS) + tl.arange(0, mean.shape[1])
+    place = statistics_ptr + sample * (PARTS * 2) * units
+    i = tl.arange(0, IMAGES * OWN)
+    there = (sample + i // OWN < batch)[:, None] & (u < units)[None, :]
+    to = place + ((i // OWN * PARTS + first_part + i % OWN) * 2 * units)[:, None] + u[None, :]
+    tl.store(to, mean, there)
+    tl.store(to + units, squares, there)
+    came = all_there(counter_ptr, PROGRAMS, WAIT)
+    i = tl.arange(0, IMAGES * PARTS)
+    there = (sample + i // PARTS < batch)[:, None] & (u < units)[None, :]
+    at = place + (i * 2 * units)[:, None] + u[None, :]
+    # From L2: what this multiprocessor's L1 has of these addresses may be older.
+    mean = tl.load(at, there, other=0.0, cache_modifier=".cg")
+    squares = tl.load(at + units, there, other=0.0, cache_modifier=".cg")
+    return mean + tl.where(came, 0.0, float("nan")), squares
+
+
+@triton.jit
+def store_norm(
+    values,  # float32 [BLOCK_M, BLOCK_N]
+    mean,  # float32 [IMAGES, units]
+    squares,
+    out_ptr,
+    weight_ptr,
+    bias_ptr,
+    scale_ptr,
+    shift_ptr,
+    scale_stride,
+    shift_stride,
+    eps,
+    place,  # [BLOCK_M, BLOCK_N], offsets from the first sample's beginning
+    keep,
+    sample,
+    batch,
+    start,  # int64, that sample's in `out`
+    n,
+    cout,
+    PIXEL_BITS: tl.constexpr,  # of a sample's output
+    UNIT_BITS: tl.constexpr,
+    GROUP_BITS: tl.constexpr,
+    SCALE: tl.constexpr,
+    SILU: tl.constexpr,
+    IMAGES: tl.constexpr,
+    COLUMN_BITS: tl.constexpr,
+):
+    """Normalise, and store."""
+    GROUP: tl.constexpr = 1 << GROUP_BITS
+    GROUPS: tl.constexpr = 1 << (COLUMN_BITS - GROUP_BITS)
+    M: tl.constexpr = values.shape[0]
+    N: tl.constexpr = values.shape[1]
+    mean, squares = merged(mean, squares, 1 << (PIXEL_BITS + UNIT_BITS), 0, GROUP_BITS - UNIT_BITS)
+    mean, squares = mean.reshape(IMAGES, GROUPS), squares.reshape(IMAGES, GROUPS)
+    deviation = tl.rsqrt(squares * (1.0 / (1 << (PIXEL_BITS + GROUP_BITS))) + eps)
+    a = tl.load(weight_ptr + n, n < cout, other=0.0)[None, :]
+    b = tl.load(bias_ptr + n, n < cout, other=0.0)[None, :]
+    if SCALE:
+        image = tl.arange(0, IMAGES)
+        inside = (sample + image < batch)[:, None] & (n < cout)[None, :]
+        factor = 1.0 + tl.load(
+            scale_ptr + sample * scale_stride + (image * scale_stride)[:, None] + n[None, :], inside, other=0.0
+        )
+        shift = tl.load(
+            shift_ptr + sample * shift_stride + (image * shift_stride)[:, None] + n[None, :], inside, other=0.0
+        )
+        a, b = a * factor, tl.fma(tl.broadcast_to(b, factor.shape), factor, shift)
+    a = a.reshape(a.shape[0], GROUPS, GROUP) * deviation[:, :, None]
+    b = b.reshape(b.shape[0], 1, GROUPS, GROUP)
+    away = values.reshape(IMAGES, M // IMAGES, GROUPS, GROUP) - mean[:, None, :, None]
+    y = tl.fma(away, tl.broadcast_to(a[:, None], away.shape), tl.broadcast_to(b, away.shape))
+    if SILU:
+        y = silu_of(y)
+    tl.store(out_ptr + start + place, y.to(out_ptr.dtype.element_ty).reshape(M, N), keep)
