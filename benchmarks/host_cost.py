@@ -40,7 +40,9 @@ def always(value: Any) -> Callable[..., Any]:
     return lambda *given: value
 
 
-def no_capture(run: object, device: object, lengths: Sequence[int] = (1,), pool: object = None) -> dict[int, Any]:
+def no_capture(
+    run: object, device: object, lengths: Sequence[int] = (1,), pool: object = None, *, loop: bool = False
+) -> dict[int, Any]:
     """In the place of `graphs.capture`."""
     return dict.fromkeys(lengths, nothing)
 

@@ -11,6 +11,7 @@ import functools
 import inspect
 import threading
 import types
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ import torch
 from torch import nn
 
 from .errors import GraphCaptureError
+from .while_graph import WhileRefused, looped
 
 MAX_GRAPHS = 4  # each keeps its activations; the least recently used leaves
 WARM_UPS = 3  # cuBLAS, cuDNN and Triton initialise lazily, and may not do so during a capture
@@ -29,9 +31,17 @@ _ONE_AT_A_TIME = threading.Lock()  # CUDA allows one capture a process; the sett
 
 
 def capture(
-    run: Callable[[int], None], device: torch.device, lengths: Sequence[int] = (1,), pool: Any = None
+    run: Callable[[int], None],
+    device: torch.device,
+    lengths: Sequence[int] = (1,),
+    pool: Any = None,
+    *,
+    loop: bool = False,
 ) -> dict[int, Callable[[], None]]:
     """Capture ``run(n)``, n steps, for each n of `lengths`; returns the functions that replay them, by n.
+
+    With `loop`, those of more than one step are `WhileGraph`s, which are told how often; where there can be none, a
+    warning says why, and they are as without it.
 
     ``run(1)`` is called a few times before. A replay is on the current stream. The graphs share their memory, also with
     others of the same `pool` (`torch.cuda.graph_pool_handle`): so no two of them may run at once, and what a step
@@ -57,13 +67,15 @@ def capture(
             torch.cuda.set_rng_state(random_state, device)
             raise GraphCaptureError("the model draws random numbers (dropout in train mode?)")
 
-        return {n: _captured(run, n, device, stream, pool) for n in lengths}
+        looping = {n: loop and n > 1 for n in lengths}
+        made = {n: _captured(run, n, device, stream, pool, keep=looping[n]) for n in lengths}
+        return {n: replay_of(graph, n, device, loop=looping[n]) for n, graph in made.items()}
 
 
 def _captured(
-    run: Callable[[int], None], n: int, device: torch.device, stream: torch.cuda.Stream, pool: Any
-) -> Callable[[], None]:
-    current, graph = torch.cuda.current_stream(device), torch.cuda.CUDAGraph()
+    run: Callable[[int], None], n: int, device: torch.device, stream: torch.cuda.Stream, pool: Any, *, keep: bool
+) -> torch.cuda.CUDAGraph:
+    current, graph = torch.cuda.current_stream(device), torch.cuda.CUDAGraph(keep_graph=keep)
     try:
         # thread_local: another thread's cudaMalloc or synchronisation must not break this capture
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
@@ -73,6 +85,17 @@ def _captured(
         torch.cuda.synchronize(device)
         cause = error.__context__ or error
         raise GraphCaptureError((str(cause) or type(cause).__name__).splitlines()[0]) from error
+    return graph
+
+
+def replay_of(graph: torch.cuda.CUDAGraph, n: int, device: torch.device, *, loop: bool) -> Callable[[], None]:
+    """The function that replays a captured graph of n steps; with `loop`, a `WhileGraph` of it, if there can be one."""
+    if loop:
+        try:
+            return looped(graph, device)
+        except WhileRefused as refused:
+            warnings.warn(f"no WHILE node: {refused}; sampling goes on with {n} steps a launch", stacklevel=2)
+            graph.instantiate()  # `keep_graph` left that undone
     return graph.replay
 
 

@@ -22,8 +22,9 @@ from .models import device_of, dtype_of, finite_samples, memory_format_of, tenso
 from .schedule import NoiseSchedule
 from .seeds import check_seed
 from .solvers import StepTable
+from .while_graph import WhileGraph
 
-GraphMode = Literal["auto"] | bool
+GraphMode = Literal["auto", "while"] | bool
 Noise = Callable[[int], Tensor | None]
 Callback = Callable[[int, Tensor], object]
 Step = Callable[[Callable[[], None] | None, int], int]  # given what sets the noise, and how many rows: does some
@@ -52,6 +53,8 @@ class Sampler:
         dtype: dtype of the model's input; None: that of its parameters, or float32 where it has none.
         graph: on CUDA, "auto" captures a step into a CUDA graph and replays it (for a model that can't be captured: one
             warning, then the eager loop with the same bytes); True insists; False never does. On a CPU there is none.
+            "while" is "auto" with the whole loop in one launch, where cuda-bindings (`fastddpm[while]`), the driver and
+            the model allow it; else one warning, and "auto". Not run on a GPU yet.
             A number that the model reads elsewhere than in its arguments (in a closure, an attribute) stays what it
             was at the capture: give it in model_kwargs.
         batch_size: compute in batches of exactly this many samples, the last one padded. The result of a seed is then
@@ -78,8 +81,8 @@ class Sampler:
             raise InputError(f"model is a {type(model).__name__}; needed: a callable model(x, t, **kwargs)")
         if not isinstance(table, StepTable):
             raise InputError(f"table is a {type(table).__name__}; needed: a StepTable, as from fastddpm.solvers.ddpm")
-        if graph != "auto" and not isinstance(graph, bool):
-            raise InputError(f"graph is {graph!r}; allowed: 'auto', True, False")
+        if graph not in ("auto", "while") and not isinstance(graph, bool):
+            raise InputError(f"graph is {graph!r}; allowed: 'auto', 'while', True, False")
         if state_dtype not in (torch.float32, torch.float64):
             raise InputError(f"state_dtype is {state_dtype}; allowed: torch.float32, or torch.float64 on the CPU")
         whole = isinstance(batch_size, int) and not isinstance(batch_size, bool)
@@ -313,14 +316,18 @@ class Sampler:
                 apply.turn_back()  # every replay reads the same one of the two buffers of cursors
 
         lengths = (UNROLLED, 1) if self.table.num_rows >= UNROLLED and not part.noise_is_given else (1,)
-        replays = graphs.capture(run, device, lengths, self._pool)
+        replays = graphs.capture(run, device, lengths, self._pool, loop=self.graph == "while")
 
         def step(set_noise: Callable[[], None] | None, rows: int) -> int:
             if set_noise is not None:
                 set_noise()
             n = next(n for n in lengths if n <= rows)
-            replays[n]()
-            return n
+            replay = replays[n]
+            if not isinstance(replay, WhileGraph):
+                replay()
+                return n
+            replay(rows // n)
+            return rows // n * n
 
         return buffers, step
 

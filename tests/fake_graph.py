@@ -38,6 +38,19 @@ class Recording(TorchDispatchMode):
                     before.copy_(now)
 
 
+class FakeGraph:
+    """Of `torch.cuda.CUDAGraph`, what `graphs.replay_of` and `WhileGraph` ask; a `WhileGraph`'s body counts too."""
+
+    def __init__(self, replay: Callable[[], None]) -> None:
+        self.replay = replay
+
+    def instantiate(self) -> None:
+        pass
+
+    def raw_cuda_graph(self) -> Callable[[], None]:
+        return self.replay
+
+
 class FakeGraphs:
     """Stands in for `graphs.capture`, for a test's samplers on the CPU, and counts replays by their length."""
 
@@ -68,12 +81,19 @@ class FakeGraphs:
         monkeypatch.setattr(step_loop, "inplace_step", inplace_step)
 
     def capture(
-        self, run: Callable[[int], None], device: torch.device, lengths: Sequence[int] = (1,), pool: Any = None
+        self,
+        run: Callable[[int], None],
+        device: torch.device,
+        lengths: Sequence[int] = (1,),
+        pool: Any = None,
+        *,
+        loop: bool = False,
     ) -> dict[int, Callable[[], None]]:
         self.captures += 1
         for _ in range(graphs.WARM_UPS):
             run(1)
-        return {n: self._captured(run, n) for n in lengths}
+        made = {n: FakeGraph(self._captured(run, n)) for n in lengths}
+        return {n: graphs.replay_of(graph, n, device, loop=loop and n > 1) for n, graph in made.items()}
 
     def _captured(self, run: Callable[[int], None], n: int) -> Callable[[], None]:
         with Recording() as recording:

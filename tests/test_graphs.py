@@ -123,7 +123,7 @@ class FakeCapture:
         refused = lambda sampler: sampler._graph_refused or sampler.graph is False  # noqa: E731
         monkeypatch.setattr(Sampler, "_wants_graph", lambda sampler, device: not refused(sampler))
 
-    def __call__(self, run, device, lengths=(1,), pool=None):
+    def __call__(self, run, device, lengths=(1,), pool=None, loop=False):
         self.captures += 1
         for _ in range(3):
             run(1)
@@ -393,7 +393,7 @@ def test_what_is_asked_of_cuda_for_a_capture(monkeypatch):
         Stream=lambda *_: streams["side"],
         stream=stream,
         graph=graph,
-        CUDAGraph=lambda: SimpleNamespace(replay="replay"),
+        CUDAGraph=lambda keep_graph: SimpleNamespace(replay="replay", keep=keep_graph),
         get_rng_state=lambda *_: torch.zeros(1),
         get_sync_debug_mode=lambda: "as it was",
         set_sync_debug_mode=lambda mode: log.append(mode),
@@ -407,6 +407,7 @@ def test_what_is_asked_of_cuda_for_a_capture(monkeypatch):
         assert graphs._ONE_AT_A_TIME.locked()
         log.append((n, now[-1]))
 
+    monkeypatch.setattr(graphs, "looped", lambda graph, device: ("looped", graph.keep))
     assert graphs.capture(run, torch.device("cuda"), (10, 1), "pool") == {10: "replay", 1: "replay"}
     warm_up, captured = (1, "side"), ("capture", "side", "pool", "thread_local")
     assert log == [
@@ -416,6 +417,8 @@ def test_what_is_asked_of_cuda_for_a_capture(monkeypatch):
         *(captured, (10, "main"), captured, (1, "main")),  # `torch.cuda.graph` itself changes the stream
     ]
     assert torch.is_autocast_cache_enabled() == enabled
+    looped = graphs.capture(run, torch.device("cuda"), (10, 1), "pool", loop=True)
+    assert looped == {10: ("looped", True), 1: "replay"}
 
 
 # --- on a GPU, each in a process of its own: a failed capture must not reach the other tests --------------------------
