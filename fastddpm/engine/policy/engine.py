@@ -1,0 +1,185 @@
+"""`PolicyEngine`: a diffusion policy's UNet lowered to fused operations, as a model to sample with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import InputError
+from ..lowering import uses
+from . import on_torch
+from .film import FilmRows
+from .lowering import operations_of, plan_of
+from .network import read
+
+
+class PolicyEngine(nn.Module):
+    """A policy's UNet that runs fast: ``PolicyEngine(policy.model)``. ``print(engine)`` shows its plan.
+
+    The weights are copies: make another after changing or moving those of the UNet. It computes what the UNet does in
+    eval mode, without gradients or autocast.
+
+    Where an observation is used for several steps, `condition` does its part once; a call with `global_cond` does it
+    anew each time.
+
+    Args:
+        unet: ConditionalUnet1D of Diffusion Policy, or LeRobot's DiffusionConditionalUnet1d.
+        batch, horizon: trajectories a call and moments a trajectory, for the plan; others are allowed in a call.
+        dtype: of weights and activations. Sums, and the FiLM rows, are float32 (float64 in float64).
+        steps: how many time steps the model was trained with: their part of FiLM is computed now.
+
+    Raises:
+        InputError: for a module of another structure, or with a local condition; another dtype; a horizon that the
+            network doesn't take.
+    """
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        *,
+        batch: int = 1,
+        horizon: int = 16,
+        dtype: torch.dtype = torch.bfloat16,
+        steps: int = 100,
+    ) -> None:
+        super().__init__()
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            raise InputError(f"dtype is {dtype}; allowed: torch.bfloat16, torch.float16, torch.float32, torch.float64")
+        for name, number in (("batch", batch), ("horizon", horizon), ("steps", steps)):
+            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+                raise InputError(f"{name} is {number!r}; allowed: an integer of at least 1")
+        network = read(unet)
+        first: Any = unet.get_submodule(network.downs[0].first.first.conv)
+        self.channels = first.in_channels
+        self.multiple = 2 ** sum(bool(level.resample) for level in network.downs)
+        self.check_shape((horizon, self.channels))
+        self.plan = plan_of(network, unet, batch, horizon, dtype.itemsize)
+        lowered = self.plan.lowered
+        with torch.no_grad(), torch.autocast(first.weight.device.type, enabled=False):
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            self.film = FilmRows(unet, lowered, steps, wide)
+            self._runs = [on_torch.maker(operation, unet, dtype) for operation in operations_of(self.plan)]
+        self.dtype_ = nn.Parameter(torch.empty(0, dtype=dtype, device=first.weight.device), requires_grad=False)
+        self._dies = {value.index: last for value, _, last in uses(lowered)}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the activations."""
+        return self.dtype_.dtype
+
+    @torch.no_grad()
+    def forward(
+        self, x: Tensor, t: Tensor | float, *, local_cond: None = None, global_cond: Tensor | None = None
+    ) -> Tensor:
+        """What the UNet predicts: x [B, horizon, C], t a number or [B], global_cond [B, n]; returns [B, horizon, C].
+
+        Raises:
+            InputError: for a shape that the network doesn't take, or a local_cond.
+        """
+        if local_cond is not None:
+            raise InputError("the engine has no local_cond: leave it out, or keep the module itself")
+        self._check(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return self._run(x, t, self.film.observation(len(x), global_cond))
+
+    @torch.no_grad()
+    def condition(self, global_cond: Tensor) -> ConditionedPolicy:
+        """The model (x, t) for these observations, [B, n]: their part of FiLM is computed now, once for all steps.
+
+        Raises:
+            InputError: where they have another shape, or the network has no observations: then call the engine itself.
+        """
+        return ConditionedPolicy(self, global_cond)
+
+    def check_shape(self, shape: Sequence[int]) -> None:
+        """Raise `InputError` unless trajectories may have this shape, (horizon, channels)."""
+        if len(shape) != 2 or shape[1] != self.channels or shape[0] % self.multiple or not shape[0]:
+            raise InputError(
+                f"trajectories have shape {tuple(shape)}; the network takes (horizon, {self.channels}), "
+                f"horizon a multiple of {self.multiple}"
+            )
+
+    def check_timesteps(self, t: Sequence[float]) -> None:
+        """Raise `InputError` where whole time steps are outside the table, on a GPU, where a call doesn't look."""
+        if self.dtype_.device.type == "cpu" or not all(float(step).is_integer() for step in t):
+            return
+        low, high, known = min(t), max(t), len(self.film.table)
+        if not 0 <= low <= high < known:
+            raise InputError(
+                f"time steps are {low:g} ... {high:g}; this engine has those below {known}: give steps={int(high) + 1}"
+            )
+
+    def _check(self, x: Tensor) -> None:
+        if x.ndim != 3:
+            raise InputError(f"x has shape {tuple(x.shape)}; the network takes [batch, horizon, channels]")
+        self.check_shape(x.shape[1:])
+
+    def _run(self, x: Tensor, t: Tensor | float, observation: Tensor | None) -> Tensor:
+        rows = self.film.time(len(x), t)
+        rows = rows if observation is None else rows + observation
+        lowered = self.plan.lowered
+        values = {lowered.given.index: x.to(self.dtype).contiguous()[:, None].permute(0, 3, 1, 2)}
+        for at, (operation, run) in enumerate(zip(operations_of(self.plan), self._runs, strict=True)):
+            residual = None if operation.residual is None else values[operation.residual.index]
+            values[operation.out.index] = run([values[v.index] for v in operation.sources], rows, residual)
+            for value in operation.reads:
+                if self._dies.get(value.index) == at:
+                    del values[value.index]
+        return values[lowered.out.index].permute(0, 2, 3, 1)[:, 0].contiguous()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Refuse another device or dtype: the operations hold weights that were laid out for these."""
+        then = fn(self.dtype_.data)
+        if (then.device, then.dtype) != (self.dtype_.device, self.dtype):
+            raise InputError(
+                f"the engine was compiled for {self.dtype_.device} and {self.dtype}, and can't be moved to "
+                f"{then.device} and {then.dtype}: move the UNet, and compile again with dtype={then.dtype}"
+            )
+        return self
+
+    def __repr__(self) -> str:
+        return str(self.plan)
+
+
+class ConditionedPolicy(nn.Module):
+    """A `PolicyEngine` that knows its observations: ``model(x, t)``, for a `Sampler`. Made by `PolicyEngine.condition`.
+
+    A CUDA graph of it reads the observations where they are, so after `observe` it draws for the new ones.
+    """
+
+    def __init__(self, engine: PolicyEngine, global_cond: Tensor) -> None:
+        super().__init__()
+        self.engine = engine
+        self.rows = self._rows(global_cond)
+
+    @torch.no_grad()
+    def observe(self, global_cond: Tensor) -> None:
+        """Replace the observations by others, [B, n], of as many trajectories."""
+        self.rows.copy_(self._rows(global_cond, len(self.rows)))
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, t: Tensor | float) -> Tensor:
+        """What the UNet predicts, as `PolicyEngine.forward`; x has as many trajectories as there are observations."""
+        self.engine._check(x)
+        if len(x) != len(self.rows):
+            raise InputError(f"x has {len(x)} trajectories, and there are {len(self.rows)} observations; they must fit")
+        with torch.autocast(x.device.type, enabled=False):
+            return self.engine._run(x, t, self.rows)
+
+    def check_shape(self, shape: Sequence[int]) -> None:
+        """As the engine's."""
+        self.engine.check_shape(shape)
+
+    def check_timesteps(self, t: Sequence[float]) -> None:
+        """As the engine's."""
+        self.engine.check_timesteps(t)
+
+    def _rows(self, global_cond: Tensor, batch: int | None = None) -> Tensor:
+        with torch.autocast(self.engine.dtype_.device.type, enabled=False):
+            rows = self.engine.film.observation(len(global_cond) if batch is None else batch, global_cond)
+        if rows is None:  # for the types: with observations given there are rows
+            raise InputError("global_cond is None; give the observations, [B, n]")
+        return rows

@@ -1,0 +1,91 @@
+"""The operations in PyTorch's own kernels, on [B, C, 1, L] activations in channels_last.
+
+On a CPU the convolutions are oneDNN's, as images of height 1, with the weights laid out for it once: `nn.Conv1d` does
+that in each call, which at batch 1 takes longer than the convolution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..on_torch import _has_onednn
+from .lowering import Conv1d
+
+# Of sources, FiLM rows and residual.
+Run = Callable[[list[Tensor], Tensor, Tensor | None], Tensor]
+
+
+def maker(operation: Conv1d, module: nn.Module, dtype: torch.dtype) -> Run:
+    """The function that does an operation, with its weights, in `dtype`, in it."""
+    layer: Any = module.get_submodule(operation.name)
+    weight, bias = layer.weight.detach(), layer.bias.detach()
+    if operation.up:
+        weight, bias = torch.cat(transposed_phases(weight)[::-1]), torch.cat([bias, bias])
+    padding = 1 if operation.up else operation.kernel // 2
+    convolve = _convolution(weight.to(dtype), bias.to(dtype, copy=True), operation.stride, padding)
+    finish = _finished(operation, module, dtype)
+
+    def run(sources: list[Tensor], rows: Tensor, residual: Tensor | None) -> Tensor:
+        y = convolve(sources[0] if len(sources) == 1 else torch.cat(sources, dim=1))
+        if operation.up:
+            y = _interleaved(y)
+        return finish(y, rows, residual)
+
+    return run
+
+
+def transposed_phases(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The weight of ConvTranspose1d(4, stride 2, padding 1), [c_in, c_out, 4], as two of 2 taps, [c_out, c_in, 2].
+
+    The first makes positions 2 j, of j - 1 and j; the second positions 2 j + 1, of j and j + 1.
+    """
+    taps = weight.transpose(0, 1)
+    return taps[..., [3, 1]], taps[..., [2, 0]]
+
+
+def _interleaved(y: Tensor) -> Tensor:
+    """[B, 2 C, 1, L + 1] -> [B, C, 1, 2 L], for channels (odd phase, even phase).
+
+    Column m of y has the positions 2 m - 1 and 2 m: in memory they lie in order, and the first and the last are not.
+    """
+    batch, both, _, more = y.shape
+    lines = y.permute(0, 2, 3, 1).reshape(batch, 1, 2 * more, both // 2)
+    return lines[:, :, 1:-1].permute(0, 3, 1, 2)
+
+
+def _finished(operation: Conv1d, module: nn.Module, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """What follows the convolution."""
+    if not operation.norm:
+        return lambda y, rows, residual: y
+    norm: Any = module.get_submodule(operation.norm)
+    weight, bias = (p.detach().to(dtype, copy=True) for p in (norm.weight, norm.bias))
+
+    def finish(y: Tensor, rows: Tensor, residual: Tensor | None) -> Tensor:
+        y = F.mish(F.group_norm(y, operation.groups, weight, bias, norm.eps), inplace=True)
+        if operation.film is not None:
+            film = rows[:, operation.film, None, None].to(dtype)
+            if operation.modulates:
+                scale, shift = film.chunk(2, dim=1)
+                return torch.addcmul(shift, scale, y)
+            y += film
+        if residual is not None:
+            y += residual
+        return y
+
+    return finish
+
+
+def _convolution(weight: Tensor, bias: Tensor, stride: int, padding: int) -> Callable[[Tensor], Tensor]:
+    weight = weight[:, :, None].clone(memory_format=torch.contiguous_format)
+    if weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16) and _has_onednn():
+        where = [0, padding], [1, stride], [1, 1], 1
+        packed = torch._C._nn.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), *where)
+        point = torch.ops.mkldnn._convolution_pointwise
+        return lambda x: point(x, packed, bias, *where, "none", [], "")
+    return partial(F.conv2d, weight=weight, bias=bias, stride=(1, stride), padding=(0, padding))

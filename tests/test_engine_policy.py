@@ -1,0 +1,278 @@
+"""The engine of a policy's 1-D UNet, in the layouts of Diffusion Policy and LeRobot, against the module in float64."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from hypothesis import given as draws
+from hypothesis import Phase, settings
+from hypothesis import strategies as st
+from policy_networks import SMALL, Wrapped, given, made
+from torch import nn
+
+from fastddpm import NoiseSchedule, Sampler, solvers
+from fastddpm.engine.lowering import uses
+from fastddpm.engine.policy import PolicyEngine, is_policy_unet
+from fastddpm.errors import InputError
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def exact(net, x, t, cond):
+    """What the module gives in float64."""
+    wide = copy.deepcopy(net).double()
+    return wide(x.double(), t, global_cond=None if cond is None else cond.double())
+
+
+def rms(error):
+    return float(error.double().square().mean().sqrt())
+
+
+def architectures():
+    """Networks of every kind that is supported; no width is half the one before it (see the refusals)."""
+    networks = st.fixed_dictionaries(
+        dict(
+            dim=st.integers(1, 5),
+            widths=st.lists(st.integers(1, 4).map(lambda n: 8 * n), min_size=1, max_size=3).map(tuple),
+            embedding=st.sampled_from([4, 16]),
+            observed=st.sampled_from([None, 1, 7]),
+            kernel=st.sampled_from([1, 3, 5]),
+            groups=st.sampled_from([1, 4, 8]),
+            scale=st.booleans(),
+            lerobot=st.booleans(),
+        )
+    )
+    return networks.filter(lambda n: all(a != 2 * b for a, b in itertools.pairwise(n["widths"])))
+
+
+@settings(max_examples=30, phases=(Phase.generate,))
+@draws(options=architectures(), batch=st.integers(1, 3), more=st.integers(1, 3))
+def test_it_is_the_module(options, batch, more):
+    net, horizon = made(**options), more * 2 ** (len(options["widths"]) - 1)
+    x, t, cond = given(net, batch, horizon)
+    truth = exact(net, x, t, cond)
+    wide = PolicyEngine(copy.deepcopy(net).double(), horizon=horizon, dtype=torch.float64)
+    assert (wide(x, t, global_cond=cond) - truth).abs().max() <= 1e-12 * (1 + truth.abs().max())
+    for dtype in DTYPES:
+        fast = PolicyEngine(net, horizon=horizon, dtype=dtype)(x, t, global_cond=cond)
+        low = copy.deepcopy(net).to(dtype)
+        eager = low(x.to(dtype), t, global_cond=None if cond is None else cond.to(dtype))
+        assert fast.dtype == dtype
+        assert fast.shape == x.shape
+        assert rms(fast - truth) <= 2 * rms(eager - truth) + {torch.float32: 1e-6, torch.bfloat16: 2**-8}[dtype]
+
+
+@pytest.mark.parametrize("lerobot", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_larger_network(dtype, lerobot):
+    net = made(widths=(64, 128, 256), embedding=64, observed=20, lerobot=lerobot)
+    engine = PolicyEngine(net, dtype=dtype)
+    for batch, horizon in ((1, 16), (4, 16), (2, 32)):
+        x, t, cond = given(net, batch, horizon)
+        truth = exact(net, x, t, cond)
+        low = copy.deepcopy(net).to(dtype)(x.to(dtype), t, global_cond=cond.to(dtype))
+        assert rms(engine(x, t, global_cond=cond) - truth) <= 2 * rms(low - truth)
+
+
+def test_an_observation_once_for_all_steps():
+    net = made(**SMALL)
+    engine = PolicyEngine(net, horizon=8, dtype=torch.float32)
+    x, t, cond = given(net)
+    model = engine.condition(cond)
+    assert torch.equal(model(x, t), engine(x, t, global_cond=cond))
+    rows, other = model.rows.data_ptr(), 2 * cond
+    model.observe(other)
+    assert torch.equal(model(x, t), engine(x, t, global_cond=other))
+    assert model.rows.data_ptr() == rows  # where a captured graph reads it
+    cond.zero_()
+    assert torch.equal(model(x, t), engine(x, t, global_cond=other))  # a copy
+    for refused in (other[:2], other[:, :3]):
+        with pytest.raises(InputError, match="global_cond has shape"):
+            model.observe(refused)
+    with pytest.raises(InputError, match="x has 2 trajectories, and there are 3 observations"):
+        model(x[:2], t[:2])
+    with pytest.raises(InputError, match="needed: none"):
+        PolicyEngine(made(**SMALL | {"observed": None}), horizon=8).condition(cond)
+
+
+def test_the_forms_of_a_time_step():
+    net = made(**SMALL)
+    engine = PolicyEngine(net, horizon=8, dtype=torch.float32, steps=50)
+    x, _, cond = given(net)
+    for t in (7, torch.tensor(7), torch.tensor([7]), torch.tensor([7, 0, 49]), torch.tensor([7, 50, 99]), 3.5, -2,
+              torch.tensor([7, 0, 49], dtype=torch.int32), torch.tensor([0.5, 7.0, 20.0])):  # fmt: skip
+        truth = exact(net, x, t, cond)
+        assert (engine(x, t, global_cond=cond) - truth).abs().max() <= 1e-5 * truth.abs().max()
+    with pytest.raises(InputError, match=r"t has shape \(2,\)"):
+        engine(x, torch.tensor([1, 2]), global_cond=cond)
+
+
+def test_the_table_is_the_time_part():
+    net = made(**SMALL)
+    engine = PolicyEngine(net, horizon=8, dtype=torch.float64)
+    film = engine.film
+    emb = copy.deepcopy(net.diffusion_step_encoder[1:]).double()(
+        net.diffusion_step_encoder[0](torch.arange(100)).double()
+    )
+    for residual in (net.down_modules[0][0], net.up_modules[0][1]):
+        name = next(name for name, module in net.named_modules() if module is residual)
+        layer = residual.cond_encoder[1]
+        mine = film.table[:, engine.plan.lowered.time_names[f"{name}.cond_encoder.1"]]
+        theirs = torch.nn.functional.mish(emb) @ layer.weight[:, :16].double().T + layer.bias.double()
+        assert torch.allclose(mine, theirs, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("scale", [False, True])
+@pytest.mark.parametrize("lerobot", [False, True])
+def test_the_plan_has_every_weight_and_no_memory_twice(lerobot, scale):
+    net = made(**SMALL, scale=scale, lerobot=lerobot)
+    engine = PolicyEngine(net, batch=3, horizon=8)
+    plan = engine.plan
+    rest = [net.diffusion_step_encoder, *(m.cond_encoder for m in net.modules() if hasattr(m, "cond_encoder"))]
+    rest = sum(p.numel() for module in rest for p in module.parameters())
+    assert plan.weights + rest == sum(p.numel() for p in net.parameters())
+    placed = [(plan.offsets[v.index], v.elements * 3 * 2, first, last) for v, first, last in uses(plan.lowered)]
+    for i, (at, size, first, last) in enumerate(placed):
+        assert at + size <= plan.memory
+        for start, length, begin, end in placed[:i]:
+            assert first > end or begin > last or at + size <= start or start + length <= at
+    page = str(engine)
+    assert "conv1d 5, 4 groups, Mish, + residual" in page
+    assert f"conv1d 5, 4 groups, Mish, {'scale, ' if scale else ''}shift" in page
+    assert "conv1d 3/2" in page
+    assert "conv1d 4, transposed" in page
+    assert "23 operations" in page
+
+
+def replaced(path, layer, **options):
+    """A network with another layer at `path`."""
+    net = made(**SMALL, **options)
+    *parents, name = path.split(".")
+    net.get_submodule(".".join(parents)).register_module(name, layer)
+    return net
+
+
+REFUSED = {
+    "local condition": (lambda: replaced("local_cond_encoder", nn.Linear(1, 1), lerobot=True), "local_cond_encoder"),
+    "two inputs past a block": (lambda: made(**SMALL | {"widths": (16, 8)}), "two inputs pass"),
+    "activation": (lambda: replaced("final_conv.0.block.2", nn.SiLU()), "is a SiLU; needed: Mish"),
+    "film's activation": (lambda: replaced("mid_modules.0.cond_encoder.0", nn.ReLU()), "is a ReLU; needed: Mish"),
+    "time's activation": (lambda: replaced("diffusion_step_encoder.2", nn.SiLU()), "is a SiLU; needed: Mish"),
+    "norm": (lambda: replaced("mid_modules.0.blocks.1.block.1", nn.BatchNorm1d(24)), "is a BatchNorm1d"),
+    "one more": (lambda: replaced("mid_modules.0.after", nn.Mish()), r"mid_modules.0 has \['after'"),
+    "dropout": (lambda: replaced("mid_modules.1.blocks.0.block.3", nn.Dropout()), "mid_modules.1.blocks.0.block has"),
+    "another head": (lambda: replaced("value_head", nn.Linear(1, 1)), "PolicyUnet has .*value_head"),
+    "stride": (lambda: replaced("down_modules.0.2.conv", nn.Conv1d(16, 16, 3, 1, 1)), "stride 2"),
+    "padding": (lambda: replaced("final_conv.0.block.0", nn.Conv1d(16, 16, 5, padding=1)), "padding half of it"),
+    "circular": (
+        lambda: replaced("final_conv.0.block.0", nn.Conv1d(16, 16, 5, padding=2, padding_mode="circular")),
+        "padding half of it",
+    ),
+    "no bias": (lambda: replaced("final_conv.1", nn.Conv1d(16, 2, 1, bias=False)), "bias"),
+    "dilation": (lambda: replaced("final_conv.1", nn.Conv1d(16, 2, 1, dilation=2)), "needed: kernel"),
+    "growing": (lambda: replaced("up_modules.0.2.conv", nn.ConvTranspose1d(16, 16, 2, 2)), "kernel size 4"),
+    "wrapped": (lambda: replaced("up_modules.0.2", Wrapped("up", nn.Mish())), r"needed: \['conv'\]"),
+    "another network": (lambda: nn.Linear(1, 1), "Linear has"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_such_network_is_refused(name):
+    build, said = REFUSED[name]
+    with pytest.raises(InputError, match=said):
+        PolicyEngine(build(), horizon=8)
+
+
+def test_recognised():
+    assert is_policy_unet(made(**SMALL))
+    assert is_policy_unet(made(**SMALL, lerobot=True))
+    assert not is_policy_unet(nn.Linear(1, 1))
+    assert not is_policy_unet(print)
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (dict(dtype=torch.int8), "dtype is torch.int8"),
+        (dict(batch=0), "batch is 0"),
+        (dict(steps=True), "steps is True"),
+        (dict(horizon=7), "horizon a multiple of 2"),
+        (dict(horizon="8"), "horizon is '8'"),
+    ],
+)
+def test_options_that_are_refused(options, said):
+    with pytest.raises(InputError, match=said):
+        PolicyEngine(made(**SMALL), **dict(horizon=8) | options)
+
+
+def test_inputs_that_are_refused():
+    net = made(**SMALL)
+    engine = PolicyEngine(net, horizon=8)
+    x, t, cond = given(net)
+    for wrong in (x[:, :7], x[..., :1], x[:, :0]):
+        with pytest.raises(InputError, match="the network takes"):
+            engine(wrong, t, global_cond=cond)
+    with pytest.raises(InputError, match="batch, horizon, channels"):
+        engine(x[0], t, global_cond=cond)
+    with pytest.raises(InputError, match="no local_cond"):
+        engine(x, t, global_cond=cond, local_cond=x)
+    with pytest.raises(InputError, match=r"give global_cond, \[3, 6\]"):
+        engine(x, t)
+    with pytest.raises(InputError, match="needed: none: leave it out"):
+        PolicyEngine(made(**SMALL | {"observed": None}), horizon=8)(x, t, global_cond=cond)
+
+
+def test_it_keeps_its_weights_and_its_dtype():
+    net = made(**SMALL)
+    engine = PolicyEngine(net, horizon=8, dtype=torch.float32)
+    x, t, cond = given(net)
+    first = engine(x, t, global_cond=cond)
+    for parameter in net.parameters():
+        parameter.zero_()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(engine(x, t, global_cond=cond), first)
+    assert torch.equal(engine(x.transpose(0, 1).contiguous().transpose(0, 1), t, global_cond=cond), first)
+    assert torch.equal(engine(x.double(), t, global_cond=cond.double()), first)
+    assert engine.float() is engine
+    with pytest.raises(InputError, match=r"compile again with dtype=torch\.float64"):
+        engine.double()
+    with pytest.raises(InputError, match="compile again"):
+        engine.condition(cond).half()
+
+
+def test_a_sampler_over_it():
+    net = made(**SMALL)
+    table = solvers.ddim(NoiseSchedule.linear(100), 10)
+    _, _, cond = given(net)
+    engine = PolicyEngine(net, horizon=8, dtype=torch.float32)
+    theirs = Sampler(net, table).sample((3, 8, 2), seeds=5, model_kwargs={"global_cond": cond})
+    plain = Sampler(engine, table).sample((3, 8, 2), seeds=5, model_kwargs={"global_cond": cond})
+    model = engine.condition(cond)
+    once = Sampler(model, table)
+    assert (plain - theirs).abs().max() <= 1e-4 * theirs.abs().max()
+    assert torch.equal(once.sample((3, 8, 2), seeds=5), plain)
+    with pytest.raises(InputError, match="horizon a multiple of 2"):
+        once.sample((3, 7, 2), seeds=5)
+
+
+def test_the_policy_front_over_it():
+    diffusers = pytest.importorskip("diffusers", reason="diffusers has the policies' schedulers")
+    from fastddpm.integrations.diffusion_policy import conditional_sample
+
+    scheduler = diffusers.DDIMScheduler(num_train_timesteps=100, beta_schedule="squaredcos_cap_v2")
+    net = made(**SMALL)
+    _, _, cond = given(net)
+    engine = PolicyEngine(net, horizon=8, dtype=torch.float32)
+    theirs, ours, once = (
+        conditional_sample(
+            model, (3, 8, 2), scheduler, num_inference_steps=8, generator=torch.Generator().manual_seed(0), **more
+        )
+        for model, more in (
+            (net, dict(global_cond=cond)),
+            (engine, dict(global_cond=cond)),
+            (engine.condition(cond), {}),
+        )
+    )
+    assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
+    assert torch.equal(once, ours)
