@@ -9,6 +9,7 @@ from helpers import DEVICE
 
 from fastddpm import UNet, engine
 from fastddpm.engine import on_triton
+from fastddpm.engine.on_torch import Inputs
 from fastddpm.engine.operations import Attention, Value
 from fastddpm.unet_config import UNetConfig
 
@@ -80,6 +81,13 @@ def test_memory_that_is_shared_keeps_nothing_and_a_sample_is_its_own(monkeypatch
             value.fill_(torch.nan)
         return values
 
+    def memories(*args):
+        made = plain(*args)
+        made[0].workspace.fill_(torch.nan)
+        return made
+
+    plain = on_triton.memories
+    monkeypatch.setattr(on_triton, "memories", memories)
     monkeypatch.setattr(fast, "_allocated", poisoned)
     again = fast(x.flip(0), t.flip(0))
     assert torch.equal(again.flip(0), first)
@@ -121,6 +129,8 @@ def test_a_head_too_wide_for_the_kernel():
     """512 in float32: torch attends."""
     operation = Attention("", (Value(1, 2, 2, 3 * 512),), Value(2, 2, 2, 512), heads=1)
     packed, out = torch.randn(3, 2, 2, 3 * 512, device=DEVICE), torch.empty(3, 2, 2, 512, device=DEVICE)
-    on_triton.MAKERS[type(operation)](operation, made(one_level()), torch.float32)(out, [packed], packed, None, [])
+    on_triton.MAKERS[type(operation)](operation, made(one_level()), torch.float32)(
+        [out], Inputs([packed], packed, None, []), on_triton.Memory(out, out)
+    )
     truth = attention(packed.double().flatten(1, 2), 1).reshape(out.shape)
     assert (out - truth).abs().max() <= 1e-5

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from importlib.util import find_spec
+from itertools import chain
 from typing import Any, Self
 
 import torch
@@ -13,7 +15,8 @@ from ..errors import InputError
 from ..unet import UNet
 from . import on_torch, on_triton
 from .lowering import uses
-from .operations import Conv, Linear, Operation
+from .on_torch import Inputs
+from .operations import Conv, Operation, Product
 from .plan import Plan
 from .time_path import TimePath
 
@@ -30,7 +33,7 @@ class Engine(nn.Module):
         size: (H, W) of the images, for the plan; None: the config's `sample_size`. Others are allowed in a call.
         dtype: of weights and activations. Sums are float32 (float64 in float64).
         steps: how many time steps the model was trained with: the time path is computed for these now.
-        kernels: whether to use fastddpm's kernels, else PyTorch's; None: on CUDA, but for float64.
+        kernels: whether to use fastddpm's kernels, else PyTorch's; None: on CUDA with Triton, but for float64.
 
     Raises:
         InputError: for a model that is no `UNet`, another dtype, or a size that the network doesn't take.
@@ -68,7 +71,8 @@ class Engine(nn.Module):
         self.dtype_ = nn.Parameter(torch.empty(0, dtype=dtype, device=unet.conv_in.weight.device), requires_grad=False)
         if kernels and dtype == torch.float64:
             raise InputError("the kernels take no torch.float64: leave kernels out, or give another dtype")
-        self._own = self.dtype_.device.type == "cuda" and dtype != torch.float64 if kernels is None else kernels
+        able = self.dtype_.device.type == "cuda" and dtype != torch.float64 and find_spec("triton") is not None
+        self._own = able if kernels is None else kernels
         makers: Any = on_triton.MAKERS if self._own else on_torch.MAKERS
         with torch.no_grad():
             self._runs = [makers[type(operation)](operation, unet, dtype) for operation in lowered.operations]
@@ -102,7 +106,8 @@ class Engine(nn.Module):
         lowered = self.plan.lowered
         values: dict[int, Tensor] = {lowered.given.index: x}
         for at, (operation, run) in enumerate(zip(lowered.operations, self._runs, strict=True)):
-            values[operation.out.index] = run(*_read(operation, values, rows))
+            made = run(_read(operation, values, rows))
+            values.update((value.index, y) for value, y in zip(operation.writes, made, strict=True))
             for value in operation.reads:
                 if self._dies.get(value.index) == at:
                     del values[value.index]
@@ -111,8 +116,9 @@ class Engine(nn.Module):
     def _by_kernels(self, x: Tensor, rows: Tensor) -> Tensor:
         lowered, values = self.plan.lowered, self._allocated(x)
         values[lowered.given.index] = x
-        for operation, run in zip(lowered.operations, self._runs, strict=True):
-            run(values[operation.out.index], *_read(operation, values, rows))
+        memories = on_triton.memories(lowered.operations, len(x), x.device)
+        for operation, run, memory in zip(lowered.operations, self._runs, memories, strict=True):
+            run([values[value.index] for value in operation.writes], _read(operation, values, rows), memory)
         return values[lowered.out.index]
 
     def _allocated(self, x: Tensor) -> dict[int, Tensor]:
@@ -125,8 +131,7 @@ class Engine(nn.Module):
         plan = _plan(self.config, batch, height, width, self.dtype.itemsize)
         block = torch.empty(plan.memory // plan.width, dtype=self.dtype, device=x.device)
         made = {}
-        for operation in plan.lowered.operations:
-            out = operation.out
+        for out in chain.from_iterable(operation.writes for operation in plan.lowered.operations):
             shape = (batch, out.height, out.width, out.channels)
             strides = (out.elements, out.width * out.channels, out.channels, 1)
             made[out.index] = block.as_strided(shape, strides, plan.offsets[out.index] // plan.width)
@@ -166,13 +171,10 @@ class Engine(nn.Module):
 _plan = lru_cache(maxsize=16)(Plan.of)  # by size and batch; for all engines and threads
 
 
-def _read(
-    operation: Operation, values: dict[int, Tensor], rows: Tensor
-) -> tuple[list[Tensor], Tensor, Tensor | None, list[Tensor]]:
-    """What an operation's function is given: sources, time rows, residual, sources of the shortcut."""
-    residual = operation.residual if isinstance(operation, Conv | Linear) else None
+def _read(operation: Operation, values: dict[int, Tensor], rows: Tensor) -> Inputs:
+    residual = operation.residual if isinstance(operation, Product) else None
     shortcut = operation.shortcut if isinstance(operation, Conv) else ()
-    return (
+    return Inputs(
         [values[value.index] for value in operation.sources],
         rows,
         None if residual is None else values[residual.index],

@@ -137,4 +137,5 @@ def uses(lowered: Lowered) -> Iterator[tuple[Value, int, int]]:
         for value in operation.reads:
             last[value] = max(last.get(value, 0), at)
     for at, operation in enumerate(lowered.operations):
-        yield operation.out, at, last[operation.out]
+        for value in operation.writes:
+            yield value, at, last[value]

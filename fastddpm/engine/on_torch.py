@@ -7,30 +7,64 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..unet import UNet
-from .operations import Attention, Conv, Linear, Norm, Operation
+from .operations import Attention, Conv, Linear, Norm, Operation, Product
 
-# Of sources, time rows, residual, and sources of the shortcut.
-Run = Callable[[list[Tensor], Tensor, Tensor | None, list[Tensor]], Tensor]
+
+class Inputs(NamedTuple):
+    """What an operation reads."""
+
+    sources: list[Tensor]
+    rows: Tensor  # of time
+    residual: Tensor | None
+    past: list[Tensor]  # the shortcut's sources
+
+    def sample(self) -> Tensor:
+        """The sources as one tensor, NCHW."""
+        return self.sources[0] if len(self.sources) == 1 else torch.cat(self.sources, dim=1)
+
+
+Run = Callable[[Inputs], list[Tensor]]  # returns what the operation writes
 
 
 def _norm(operation: Norm, unet: UNet, dtype: torch.dtype) -> Run:
-    module: Any = unet.get_submodule(operation.name)
-    weight, bias = (p.detach().to(dtype, copy=True) for p in (module.weight, module.bias))
+    normed = _normed(operation, unet, dtype)
 
-    def run(sources: list[Tensor], rows: Tensor, residual: Tensor | None, past: list[Tensor]) -> Tensor:
-        x = sources[0] if len(sources) == 1 else torch.cat(sources, dim=1)
-        y = F.group_norm(x, operation.groups, weight, bias, module.eps)
-        if operation.time is not None:
-            scale, shift = rows[:, operation.time, None, None].to(dtype).chunk(2, dim=1)
+    def run(given: Inputs) -> list[Tensor]:
+        return [normed(given.sample(), given.rows)]
+
+    return run
+
+
+def _normed(norm: Norm, unet: UNet, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
+    """The norm as a function of what is normalised, and of the time rows."""
+    module: Any = unet.get_submodule(norm.name)
+    own = slice(norm.first, norm.first + norm.channels_in)  # of the module's channels
+    weight, bias = (p.detach()[own].to(dtype, copy=True) for p in (module.weight, module.bias))
+
+    def run(x: Tensor, rows: Tensor) -> Tensor:
+        y = F.group_norm(x, norm.groups, weight, bias, module.eps)
+        if norm.time is not None:
+            scale, shift = rows[:, norm.time, None, None].to(dtype).chunk(2, dim=1)
             y = torch.addcmul(shift, y, 1 + scale)
-        return F.silu(y, inplace=True) if operation.silu else y
+        return F.silu(y, inplace=True) if norm.silu else y
+
+    return run
+
+
+def _finished(operation: Product, unet: UNet, dtype: torch.dtype) -> Callable[[Tensor, Tensor], list[Tensor]]:
+    """What the operation writes, as a function of its product's sum (overwritten), and of the time rows."""
+    norms = [_normed(norm, unet, dtype) for norm in operation.norms]
+
+    def run(y: Tensor, rows: Tensor) -> list[Tensor]:
+        y = y if operation.scale == 1.0 else y.mul_(operation.scale)
+        return ([y] if operation.raw else []) + [norm(y, rows) for norm in norms]
 
     return run
 
@@ -39,26 +73,27 @@ def _conv(operation: Conv, unet: UNet, dtype: torch.dtype) -> Run:
     pad = operation.padding
     module: Any = unet.get_submodule(operation.name)
     convolve = _convolution(module.weight, module.bias, dtype, operation.stride, pad)
+    finished = _finished(operation, unet, dtype)
     shortcuts: list[Callable[[Tensor], Tensor]] = []
     if operation.shortcut:
         whole: Any = unet.get_submodule(operation.shortcut_name)
         parts = whole.weight.split([source.channels for source in operation.shortcut], dim=1)
         shortcuts = [_convolution(part, None if i else whole.bias, dtype, 1, 0) for i, part in enumerate(parts)]
 
-    def run(sources: list[Tensor], rows: Tensor, residual: Tensor | None, past: list[Tensor]) -> Tensor:
-        (x,) = sources
+    def run(given: Inputs) -> list[Tensor]:
+        x = given.sample()
         if operation.up:
             x = F.interpolate(x, scale_factor=2.0, mode="nearest")
         elif operation.stride == 2 and pad == 0:
             x = F.pad(x, (0, 1, 0, 1))
         y = convolve(x)
         if operation.time is not None:
-            y += rows[:, operation.time, None, None].to(dtype)
-        if residual is not None:
-            y += residual
-        for shortcut, source in zip(shortcuts, past, strict=True):
+            y += given.rows[:, operation.time, None, None].to(dtype)
+        if given.residual is not None:
+            y += given.residual
+        for shortcut, source in zip(shortcuts, given.past, strict=True):
             y += shortcut(source)
-        return y if operation.scale == 1.0 else y.mul_(operation.scale)
+        return finished(y, given.rows)
 
     return run
 
@@ -83,19 +118,20 @@ def _has_onednn() -> bool:
 def _linear(operation: Linear, unet: UNet, dtype: torch.dtype) -> Run:
     modules: list[Any] = [unet.get_submodule(name) for name in operation.names]
     weight, bias = (torch.cat([getattr(m, part) for m in modules]).detach().to(dtype) for part in ("weight", "bias"))
+    finished = _finished(operation, unet, dtype)
 
-    def run(sources: list[Tensor], rows: Tensor, residual: Tensor | None, past: list[Tensor]) -> Tensor:
-        y = F.linear(sources[0].permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
-        if residual is not None:
-            y += residual
-        return y if operation.scale == 1.0 else y.mul_(operation.scale)
+    def run(given: Inputs) -> list[Tensor]:
+        y = F.linear(given.sources[0].permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
+        if given.residual is not None:
+            y += given.residual
+        return finished(y, given.rows)
 
     return run
 
 
 def _attention(operation: Attention, unet: UNet, dtype: torch.dtype) -> Run:
-    def run(sources: list[Tensor], rows: Tensor, residual: Tensor | None, past: list[Tensor]) -> Tensor:
-        return attended(sources[0].permute(0, 2, 3, 1), operation.heads).permute(0, 3, 1, 2)
+    def run(given: Inputs) -> list[Tensor]:
+        return [attended(given.sources[0].permute(0, 2, 3, 1), operation.heads).permute(0, 3, 1, 2)]
 
     return run
 

@@ -2,80 +2,131 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..unet import UNet
-from .on_torch import attended
-from .operations import Attention, Conv, Linear, Norm, Operation
+from .on_torch import Inputs, attended
+from .operations import Attention, Conv, Linear, Norm, Operation, Product
 
-# Of out, sources, time rows, residual, and sources of the shortcut.
-Run = Callable[[Tensor, list[Tensor], Tensor, Tensor | None, list[Tensor]], None]
+
+class Memory(NamedTuple):
+    """What an operation's programs exchange among themselves: nothing of it outlives the operation."""
+
+    workspace: Tensor  # float32
+    counters: Tensor  # int32, zeros; of no other operation
+
+
+Run = Callable[[list[Tensor], Inputs, Memory], None]  # of what is written first
+
+
+def memories(operations: Sequence[Operation], batch: int, device: torch.device) -> list[Memory]:
+    """Each operation's: one workspace for all, since they run one after another, and counters of its own."""
+    sizes = [_scratch(operation, batch) for operation in operations]
+    workspace = torch.empty(max(floats for floats, _ in sizes), dtype=torch.float32, device=device)
+    counters = torch.zeros(sum(counters for _, counters in sizes), dtype=torch.int32, device=device)
+    return [Memory(workspace, own) for own in counters.split([counters for _, counters in sizes])]
+
+
+def _scratch(operation: Operation, batch: int) -> tuple[int, int]:
+    """How many float32 numbers and counters the operation needs."""
+    from fastddpm_kernels.conv_norm import conv_scratch
+
+    if not isinstance(operation, Product):
+        return 0, 0
+    out, up = operation.out, isinstance(operation, Conv) and operation.up
+    groups = [norm.channels_in // norm.groups for norm in operation.norms]
+    return conv_scratch(batch, out.height * out.width, out.channels, groups, up=up)
 
 
 def _norm(operation: Norm, unet: UNet, dtype: torch.dtype) -> Run:
     from fastddpm_kernels.group_norm import launch_group_norm
 
-    module: Any = unet.get_submodule(operation.name)
-    weight, bias = _float(module.weight), _float(module.bias)
-    options = dict(groups=operation.groups, eps=module.eps, silu=operation.silu)
+    weight, bias, eps = _affine(operation, unet)
+    options: dict[str, Any] = dict(groups=operation.groups, eps=eps, silu=operation.silu)
 
-    def run(out: Tensor, sources: list[Tensor], rows: Tensor, residual: Tensor | None, past: list[Tensor]) -> None:
-        scale = shift = None
-        if operation.time is not None:
-            scale, shift = rows[:, operation.time].chunk(2, dim=1)
-        x, second = _two(sources)
-        launch_group_norm(x, second, out, weight, bias, scale=scale, shift=shift, **options)
+    def run(outs: list[Tensor], given: Inputs, memory: Memory) -> None:
+        scale, shift = _modulation(operation, given.rows)
+        x, second = _two(given.sources)
+        launch_group_norm(x, second, outs[0], weight, bias, scale=scale, shift=shift, **options)
 
     return run
 
 
-def _conv(operation: Conv, unet: UNet, dtype: torch.dtype) -> Run:
+def _affine(norm: Norm, unet: UNet) -> tuple[Tensor, Tensor, float]:
+    """Weight, bias and epsilon of a norm, of its own channels."""
+    module: Any = unet.get_submodule(norm.name)
+    own = slice(norm.first, norm.first + norm.channels_in)
+    return _float(module.weight[own]), _float(module.bias[own]), module.eps
+
+
+def _modulation(norm: Norm, rows: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Scale and shift, where the time rows have them."""
+    if norm.time is None:
+        return None, None
+    scale, shift = rows[:, norm.time].chunk(2, dim=1)
+    return scale, shift
+
+
+def _product(operation: Product, unet: UNet, weight: Tensor, bias: Tensor, **options: Any) -> Run:
+    """The product with a packed matrix, and what follows it: all in one launch."""
     from fastddpm_kernels.conv import launch_conv
-    from fastddpm_kernels.conv_reference import pack_weight, phase_weights
+    from fastddpm_kernels.conv_norm import NormOut
 
-    module: Any = unet.get_submodule(operation.name)
-    bias = _float(module.bias)
-    options: dict[str, Any] = dict(stride=operation.stride, padding=operation.padding, scale=operation.scale)
-    weight = (phase_weights if operation.up else pack_weight)(module.weight.detach(), dtype)
-    packed = None
-    if operation.shortcut:
-        shortcut: Any = unet.get_submodule(operation.shortcut_name)
-        packed, bias = pack_weight(shortcut.weight.detach(), dtype), bias + _float(shortcut.bias)
+    affines = [_affine(norm, unet) for norm in operation.norms]
+    time = operation.time if isinstance(operation, Conv) else None
 
-    def run(out: Tensor, sources: list[Tensor], rows: Tensor, residual: Tensor | None, past: list[Tensor]) -> None:
-        (x,) = sources
-        first, then = _two(past) if past else (None, None)
+    def run(outs: list[Tensor], given: Inputs, memory: Memory) -> None:
+        rows, (x, second) = given.rows, _two(given.sources)
+        first, then = _two(given.past) if given.past else (None, None)
+        norms = [
+            NormOut(out, *affine[:2], norm.channels_in // norm.groups, affine[2], norm.silu, *_modulation(norm, rows))
+            for norm, affine, out in zip(operation.norms, affines, outs[operation.raw :], strict=True)
+        ]
         launch_conv(
             x,
             weight,
             bias,
-            out,
-            row=None if operation.time is None else rows[:, operation.time],
-            residual=residual,
+            outs[0] if operation.raw else None,
+            second=second,
+            row=None if time is None else rows[:, time],
+            residual=given.residual,
             shortcut_x=first,
             shortcut_second=then,
-            shortcut_weight=packed,
+            scale=operation.scale,
+            norms=norms,
+            workspace=memory.workspace,
+            counters=memory.counters,
             **options,
         )
 
     return run
 
 
+def _conv(operation: Conv, unet: UNet, dtype: torch.dtype) -> Run:
+    from fastddpm_kernels.conv_reference import pack_weight, phase_weights
+
+    module: Any = unet.get_submodule(operation.name)
+    bias, packed = _float(module.bias), None
+    if operation.shortcut:
+        shortcut: Any = unet.get_submodule(operation.shortcut_name)
+        packed, bias = pack_weight(shortcut.weight.detach(), dtype), bias + _float(shortcut.bias)
+    weight = (phase_weights if operation.up else pack_weight)(module.weight.detach(), dtype)
+    options = dict(shortcut_weight=packed, stride=operation.stride, padding=operation.padding)
+    return _product(operation, unet, weight, bias, **options)
+
+
 def _linear(operation: Linear, unet: UNet, dtype: torch.dtype) -> Run:
-    from fastddpm_kernels.linear import launch_linear
+    """A 1x1 convolution."""
+    from fastddpm_kernels.conv_reference import pack_weight
 
     modules: list[Any] = [unet.get_submodule(name) for name in operation.names]
-    weight = torch.cat([module.weight for module in modules]).detach().to(dtype).T.contiguous()
+    weight = torch.cat([module.weight for module in modules]).detach()[:, :, None, None]
     bias = _float(torch.cat([module.bias for module in modules]))
-
-    def run(out: Tensor, sources: list[Tensor], rows: Tensor, residual: Tensor | None, past: list[Tensor]) -> None:
-        launch_linear(sources[0], weight, bias, out, residual=residual, factor=operation.scale)
-
-    return run
+    return _product(operation, unet, pack_weight(weight, dtype), bias)
 
 
 def _attention(operation: Attention, unet: UNet, dtype: torch.dtype) -> Run:
@@ -87,11 +138,11 @@ def _attention(operation: Attention, unet: UNet, dtype: torch.dtype) -> Run:
     except ValueError:  # a head too wide for the kernel, such as 512 in float32
         fits = False
 
-    def run(out: Tensor, sources: list[Tensor], rows: Tensor, residual: Tensor | None, past: list[Tensor]) -> None:
+    def run(outs: list[Tensor], given: Inputs, memory: Memory) -> None:
         if fits:
-            launch_attention(sources[0], out, heads=operation.heads)
+            launch_attention(given.sources[0], outs[0], heads=operation.heads)
         else:
-            out.copy_(attended(sources[0], operation.heads))
+            outs[0].copy_(attended(given.sources[0], operation.heads))
 
     return run
 

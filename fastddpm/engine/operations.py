@@ -2,6 +2,7 @@
 
 A value is an activation [H, W, C] of an image, kept in NHWC. Where the UNet concatenates, an operation has two sources,
 and reads their channels one behind the other: no concatenated tensor exists. Nor is there an upsampled one: `Conv.up`.
+A GroupNorm may be an operation of its own, or part of the one that makes what it normalises: `Product.norms`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 class Value:
     """An activation of one image: channels of each position adjacent."""
 
-    index: int  # in the order in which values are made
+    index: int
     height: int
     width: int
     channels: int
@@ -44,6 +45,11 @@ class Operation:
         return self.sources
 
     @property
+    def writes(self) -> tuple[Value, ...]:
+        """All values that are written."""
+        return (self.out,)
+
+    @property
     def weights(self) -> int:
         """How many there are."""
         return 0
@@ -56,7 +62,7 @@ class Operation:
     @property
     def elements_moved(self) -> int:
         """Of an image's activations, read and written once each."""
-        return self.out.elements + sum(value.elements for value in self.reads)
+        return sum(value.elements for value in (*self.writes, *self.reads))
 
     def details(self) -> str:
         """What the kernel does beside its main work, for the plan's page."""
@@ -70,6 +76,7 @@ class Norm(Operation):
     groups: int = 32
     silu: bool = True
     time: slice | None = None  # of the time rows: scale, then shift, each of `channels_in`
+    first: int = 0  # the module's channel that is the first here
 
     kind = "norm"
 
@@ -89,78 +96,95 @@ class Norm(Operation):
 
 
 @dataclass(frozen=True)
-class Conv(Operation):
-    """A convolution, + bias, + time row, + residual or 1x1 shortcut of its own sources, times `scale`."""
+class Product(Operation):
+    """Of a matrix with the sources, + bias, + residual, times `scale`; and the norms of that."""
 
-    kernel: int = 3
-    stride: int = 1
-    padding: int = 1  # 0, with stride 2: one to the right and one below, as in diffusers' downsample_padding=0
-    up: bool = False  # of the image doubled by nearest neighbour
-    time: slice | None = None  # of the time rows: added to each position
-    residual: Value | None = None
-    shortcut: tuple[Value, ...] = ()  # sources of a 1x1 convolution, added
-    shortcut_name: str = ""
-    scale: float = 1.0
-
-    kind = "conv"
-
-    @property
-    def reads(self) -> tuple[Value, ...]:
-        more = (*(() if self.residual is None else (self.residual,)), *self.shortcut)
-        return (*self.sources, *(value for value in more if value not in self.sources))
-
-    @property
-    def weights(self) -> int:
-        shortcut = sum(value.channels for value in self.shortcut)
-        own = (self.kernel**2 * self.channels_in + 1) * self.out.channels
-        return own + ((shortcut + 1) * self.out.channels if shortcut else 0)
-
-    @property
-    def flops(self) -> int:
-        taps = (
-            4 if self.up else self.kernel**2
-        )  # each phase of an upsampled image sees 2 x 2 positions of the small one
-        shortcut = sum(value.channels for value in self.shortcut)
-        return 2 * (taps * self.channels_in + shortcut) * self.out.elements
-
-    def details(self) -> str:
-        words = [f"{self.kernel}x{self.kernel}"]
-        words += [f"/{self.stride}"] if self.stride > 1 else []
-        words += ["of the doubled image"] if self.up else []
-        words += ["+ time"] if self.time else []
-        words += ["+ residual"] if self.residual else []
-        words += ["+ 1x1 shortcut"] if self.shortcut else []
-        words += [f"* {self.scale:g}"] if self.scale != 1.0 else []
-        return " ".join(words)
-
-
-@dataclass(frozen=True)
-class Linear(Operation):
-    """A product with a matrix at each position, + bias, + residual, times `scale`: attention's projections."""
-
-    names: tuple[str, ...] = ()  # of the modules whose rows the matrix has, one behind the other
     residual: Value | None = None
     scale: float = 1.0
-
-    kind = "linear"
+    norms: tuple[Norm, ...] = ()  # of `out`, before it is rounded
+    raw: bool = True  # whether `out` itself is written
 
     @property
     def reads(self) -> tuple[Value, ...]:
         return self.sources if self.residual is None else (*self.sources, self.residual)
 
     @property
+    def writes(self) -> tuple[Value, ...]:
+        return (*((self.out,) if self.raw else ()), *(norm.out for norm in self.norms))
+
+    @property
+    def matrix(self) -> int:
+        """Rows of the matrix: products an output."""
+        return self.channels_in
+
+    @property
     def weights(self) -> int:
-        return (self.channels_in + 1) * self.out.channels
+        return (self.channels_in + 1) * self.out.channels + sum(norm.weights for norm in self.norms)
 
     @property
     def flops(self) -> int:
-        return 2 * self.channels_in * self.out.elements
+        return 2 * self.matrix * self.out.elements + sum(norm.flops for norm in self.norms)
+
+    def product_details(self) -> str:
+        """The product itself, for `details`."""
+        return ""
 
     def details(self) -> str:
-        words = ["q, k, v"] if len(self.names) == 3 else []
+        words = [self.product_details()]
         words += ["+ residual"] if self.residual else []
         words += [f"* {self.scale:g}"] if self.scale != 1.0 else []
+        return " ".join(words).strip() + "".join(f"; norm {norm.details()}" for norm in self.norms)
+
+
+@dataclass(frozen=True)
+class Conv(Product):
+    """A convolution, + bias, + time row, + residual or 1x1 shortcut of its own sources."""
+
+    kernel: int = 3
+    stride: int = 1
+    padding: int = 1  # 0, with stride 2: one to the right and one below, as in diffusers' downsample_padding=0
+    up: bool = False  # of the image doubled by nearest neighbour
+    time: slice | None = None  # of the time rows: added to each position
+    shortcut: tuple[Value, ...] = ()  # sources of a 1x1 convolution, added
+    shortcut_name: str = ""
+
+    kind = "conv"
+
+    @property
+    def reads(self) -> tuple[Value, ...]:
+        read = super().reads
+        return (*read, *(value for value in self.shortcut if value not in read))
+
+    @property
+    def weights(self) -> int:
+        shortcut = sum(value.channels for value in self.shortcut)
+        more = (self.kernel**2 - 1) * self.channels_in + (shortcut + 1 if shortcut else 0)
+        return super().weights + more * self.out.channels
+
+    @property
+    def matrix(self) -> int:
+        taps = 4 if self.up else self.kernel**2  # each phase of a doubled image sees 2 x 2 positions of the small one
+        return taps * self.channels_in + sum(value.channels for value in self.shortcut)
+
+    def product_details(self) -> str:
+        words = [f"{self.kernel}x{self.kernel}"]
+        words += [f"/{self.stride}"] if self.stride > 1 else []
+        words += ["of the doubled image"] if self.up else []
+        words += ["+ time"] if self.time else []
+        words += ["+ 1x1 shortcut"] if self.shortcut else []
         return " ".join(words)
+
+
+@dataclass(frozen=True)
+class Linear(Product):
+    """A product at each position: attention's projections."""
+
+    names: tuple[str, ...] = ()  # of the modules whose rows the matrix has, one behind the other
+
+    kind = "linear"
+
+    def product_details(self) -> str:
+        return "q, k, v" if len(self.names) == 3 else ""
 
 
 @dataclass(frozen=True)
