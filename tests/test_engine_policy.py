@@ -34,7 +34,7 @@ def architectures():
     networks = st.fixed_dictionaries(
         dict(
             dim=st.integers(1, 5),
-            widths=st.lists(st.integers(1, 4).map(lambda n: 8 * n), min_size=1, max_size=3).map(tuple),
+            widths=st.lists(st.integers(2, 4).map(lambda n: 8 * n), min_size=1, max_size=3).map(tuple),
             embedding=st.sampled_from([4, 16]),
             observed=st.sampled_from([None, 1, 7]),
             kernel=st.sampled_from([1, 3, 5]),
@@ -54,6 +54,8 @@ def test_it_is_the_module(options, batch, more):
     truth = exact(net, x, t, cond)
     wide = PolicyEngine(copy.deepcopy(net).double(), horizon=horizon, dtype=torch.float64)
     assert (wide(x, t, global_cond=cond) - truth).abs().max() <= 1e-12 * (1 + truth.abs().max())
+    x, t, cond = given(net, 32, horizon)  # many: the ratio of two errors of few numbers says little
+    truth = exact(net, x, t, cond)
     for dtype in DTYPES:
         fast = PolicyEngine(net, horizon=horizon, dtype=dtype)(x, t, global_cond=cond)
         low = copy.deepcopy(net).to(dtype)
