@@ -1,0 +1,229 @@
+"""The UNet's benchmark: all contenders do DDPM's step, wrong ones have no speed, C2 is the best of its flags."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor
+
+from benchmarks import unet_contenders, unet_race
+from benchmarks.measure import table
+from benchmarks.unet_contenders import FLAGS, Documented, Eager, Ours, Setting, Whole
+from benchmarks.unet_networks import CIFAR
+from benchmarks.unet_race import UNetRace, flops_of, rows, setting_of
+
+SMALL = replace(
+    CIFAR,
+    sample_size=8,
+    block_out_channels=(32, 32),
+    down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+    up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    layers_per_block=1,
+)
+CPU = torch.device("cpu")
+
+
+def uncompiled(function: Callable[..., Any], **_: object) -> Callable[..., Any]:
+    return function
+
+
+@pytest.fixture(scope="module")
+def setting() -> Setting:
+    return setting_of(SMALL, 2, CPU, steps=5)
+
+
+def test_steps_of_a_run_and_flops(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [setting_of(SMALL, batch, torch.device("meta")).steps for batch in (1, 64, 65, 256, 257)] == [
+        50,
+        50,
+        20,
+        20,
+        10,
+    ]
+    assert flops_of(CIFAR) == pytest.approx(12.444e9, rel=1e-3)
+
+
+@torch.no_grad()
+def test_all_contenders_run_and_predict_the_same(setting: Setting) -> None:
+    made = {
+        "eager": Eager(setting, torch.bfloat16),
+        "float32": Eager(setting, torch.float32),
+        "C1": Documented(setting, uncompiled),
+        "C2": Whole(setting, "max-autotune", uncompiled),
+        "C2 trees": Whole(setting, "trees", uncompiled),
+        "ours": Ours(setting),
+    }
+    exact = setting.exact()
+    for name, contender in made.items():
+        contender.prepare()
+        error = unet_race.rms(contender.predict().double() - exact) / unet_race.rms(exact)
+        assert error < (1e-5 if name == "float32" else 3e-2), name
+        first = contender.run().float().clone()
+        assert first.shape == setting.x.shape
+        assert first.isfinite().all()
+        assert first.std() > 0.1
+        if name != "ours":  # whose noise is that of its seeds
+            assert not torch.equal(first, contender.run().float())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("flags", ["max-autotune", "trees"])
+def test_the_whole_step_is_the_schedulers(setting: Setting, flags: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Whole(setting, flags, uncompiled)
+    monkeypatch.setattr(torch, "randn_like", lambda x: torch.full_like(x, 0.5))
+    monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", lambda shape, **_: torch.full(shape, 0.5))
+    scheduler = DDPMScheduler(num_train_timesteps=1000)
+    scheduler.set_timesteps(setting.steps)
+    whole.x.copy_(setting.x)
+    whole.cursor.zero_()
+    x = setting.x
+    for t in scheduler.timesteps:
+        m = whole.model(x.bfloat16().contiguous(memory_format=torch.channels_last), t[None]).sample.float()
+        x = scheduler.step(m, t, x).prev_sample
+        whole._advance()
+        assert (whole.x - x).abs().max() < 1e-4
+    assert int(whole.cursor) == setting.steps
+    assert (whole.x - setting.x).abs().max() > 0.5
+
+
+def test_graphs_of_ten_steps_and_of_one(setting: Setting) -> None:
+    whole = Whole(replace(setting, steps=23), "max-autotune", uncompiled)
+    seen: list[int] = []
+    whole.replays = {n: lambda n=n: seen.append(n) for n in whole.lengths}  # type: ignore[misc]
+    whole.run()
+    assert seen == [10, 10, 1, 1, 1]
+    assert Whole(replace(setting, steps=5), "max-autotune", uncompiled).lengths == [1]
+
+
+def test_flags_are_inductors() -> None:
+    known = set(torch._inductor.list_options())
+    for name, options in FLAGS.items():
+        assert set(options) <= known, name
+
+
+# --- the race ---------------------------------------------------------------------------------------------------------
+
+
+@cache
+def exact_of(setting: Setting) -> Tensor:
+    return setting.exact()
+
+
+class Fake:
+    """A contender that answers so far off, and takes so long."""
+
+    def __init__(self, setting: Setting, off: float = 0.0, seconds: float = 0.0, result: float = 0.0) -> None:
+        self.setting, self.off, self.seconds, self.result = setting, off, seconds, result
+
+    def prepare(self) -> None:
+        pass
+
+    def predict(self) -> Tensor:
+        return (exact_of(self.setting) * (1 + self.off)).float()
+
+    def run(self) -> Tensor:
+        unet_race.time.sleep(self.seconds)
+        return torch.full_like(self.setting.x, self.result)
+
+
+def broken() -> Any:
+    raise RuntimeError("no kernel\nat all")
+
+
+def test_who_fails_has_no_speed(setting: Setting) -> None:
+    makers = {
+        "E bfloat16": lambda: Fake(setting, 0.01),
+        "close": lambda: Fake(setting, 0.019),
+        "off": lambda: Fake(setting, 0.021),
+        "nan": lambda: Fake(setting, result=float("nan")),
+        "lost": lambda: Fake(setting, float("nan")),
+        "broken": broken,
+    }
+    race = UNetRace(setting, makers)
+    race.make()
+    record = race.record(10**9, 1e12, rounds=2)
+    timed = {name for name, c in record["contenders"].items() if "ms_step" in c}
+    assert timed == {"E bfloat16", "close"}
+    assert record["contenders"]["broken"] == {"failed": "RuntimeError: no kernel"}
+    for name, says in (("off", "off by 2.10e-02"), ("nan", "not finite"), ("lost", "off by nan")):
+        assert says in record["contenders"][name]["failed"]
+    json.dumps(record, allow_nan=False)
+    shown = rows(record)
+    assert shown["broken"]["error"] == "FAILED: RuntimeError: no kernel"
+    assert shown["off"]["ms a step"] == "-"
+    assert "E bfloat16" in table("title", shown)
+
+
+def test_figures_are_what_they_say(setting: Setting) -> None:
+    race = UNetRace(setting, {"E bfloat16": lambda: Fake(setting, seconds=0.05), "ours": lambda: Fake(setting)})
+    race.make()
+    record = race.record(10**9, 4e12, rounds=7)
+    c = record["contenders"]["E bfloat16"]
+    step = c["ms_step"]["median"] * 1e-3
+    assert 0.05 <= step * setting.steps < 0.1
+    assert c["images_per_s_1000_steps"] == pytest.approx(2 / (1000 * step))
+    assert c["images_per_s_50_steps"] == pytest.approx(2 / (50 * step))
+    assert c["tflops"] == pytest.approx(2e9 / step * 1e-12)
+    assert c["of_matmul"] == pytest.approx(2e9 / step / 4e12)
+    assert c["peak_mb"] is c["kernels_step"] is None
+    assert (record["batch"], record["steps_a_run"], record["rounds"]) == (2, 5, 7)
+    assert float(rows(record)["ours"]["x best peer"]) > 1
+    assert rows(record)["E bfloat16"]["x best peer"] == "1.00"
+
+
+def test_the_best_flags_are_kept(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+    times = {"freezing": 0.002, "conv_1x1_as_mm": 0.006}
+
+    def maker(flags: str) -> Fake:
+        tried.append(flags)
+        if flags == "no epilogue fusion":
+            raise RuntimeError("compiler")
+        return Fake(setting, 0.5 if flags == "trees" else 0.0, times.get(flags, 0.01))
+
+    race = UNetRace(setting, {})
+    race.make_whole(60.0, "freezing", maker)
+    assert tried == ["freezing", *(name for name in FLAGS if name != "freezing")]
+    assert race.made["C2"]["flags"] == "freezing"
+    assert race.ready["C2"].seconds == 0.002  # type: ignore[attr-defined]
+    assert race.flags["no epilogue fusion"] == "RuntimeError: compiler"
+    assert "off by 5.00e-01" in str(race.flags["trees"])
+    assert race.flags["freezing"] == pytest.approx(0.4, rel=0.5)  # ms a step
+    assert list(rows(race.record(1, None, rounds=1))) == ["C2 (freezing)"]
+
+    tried.clear()
+    race = UNetRace(setting, {})
+    race.make_whole(-1.0, None, maker)
+    assert tried == ["max-autotune"]
+    assert race.flags["trees"] == "not tried: no time"
+    race = UNetRace(setting, {})
+    race.make_whole(60.0, None, lambda flags: broken())
+    assert race.made["C2"]["failed"] == "RuntimeError: no kernel"
+    assert set(race.flags.values()) == {"RuntimeError: no kernel"}
+
+
+def test_capture_warms_up_from_the_first_row(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cursor stays within the table: beyond it index_select reads what is not there."""
+    whole = Whole(setting, "max-autotune", uncompiled)
+    seen: list[int] = []
+
+    def graphed(call: Callable[[], None], warmups: int) -> Callable[[], None]:
+        seen.append(int(whole.cursor))
+        call()
+        return call
+
+    monkeypatch.setattr(unet_contenders, "graphed", graphed)
+    fake = SimpleNamespace(**{name: getattr(setting, name) for name in ("net", "x", "t", "steps", "device")}, cuda=True)
+    whole.setting = fake  # type: ignore[assignment]
+    with torch.no_grad():
+        whole.prepare()
+    assert seen == [0]
+    assert int(whole.cursor) == setting.steps
