@@ -54,7 +54,7 @@ def test_it_is_the_module(options, batch, more):
     truth = exact(net, x, t, cond)
     wide = PolicyEngine(copy.deepcopy(net).double(), horizon=horizon, dtype=torch.float64)
     assert (wide(x, t, global_cond=cond) - truth).abs().max() <= 1e-12 * (1 + truth.abs().max())
-    x, t, cond = given(net, 32, horizon)  # many: the ratio of two errors of few numbers says little
+    x, t, cond = given(net, 32, horizon)
     truth = exact(net, x, t, cond)
     for dtype in DTYPES:
         fast = PolicyEngine(net, horizon=horizon, dtype=dtype)(x, t, global_cond=cond)
@@ -62,7 +62,9 @@ def test_it_is_the_module(options, batch, more):
         eager = low(x.to(dtype), t, global_cond=None if cond is None else cond.to(dtype))
         assert fast.dtype == dtype
         assert fast.shape == x.shape
-        assert rms(fast - truth) <= 2 * rms(eager - truth) + {torch.float32: 1e-6, torch.bfloat16: 2**-8}[dtype]
+        # The median trajectory: a group of two almost equal numbers is a lottery of the last bits, for both.
+        mine, theirs = ((y.double() - truth).square().mean((1, 2)).sqrt().median() for y in (fast, eager))
+        assert mine <= 2 * theirs + {torch.float32: 5e-7, torch.bfloat16: 2**-8}[dtype]
 
 
 @pytest.mark.parametrize("lerobot", [False, True])
