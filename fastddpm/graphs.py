@@ -18,9 +18,11 @@ from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 from .errors import GraphCaptureError
+from .inputs import Inputs
 from .while_graph import WhileRefused, looped
 
 MAX_GRAPHS = 4  # each keeps its activations; the least recently used leaves
@@ -163,6 +165,24 @@ def fingerprint(model: object) -> Hashable:
         made += [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors]
         made += [(m.training, *m._forward_hooks, "|", *m._forward_pre_hooks) for m in root.modules()]  # by their ids
     return tuple(made)
+
+
+def key_of(part: Inputs) -> tuple[Any, ...]:
+    """What a captured graph is for: a tensor enters by its shape and dtype, a plain value by itself.
+
+    Raises `GraphCaptureError` for anything else in the model_kwargs: an object may change without its graph noticing.
+    """
+
+    def described(v: Any) -> tuple[Any, ...]:
+        if isinstance(v, Tensor):
+            return v.shape, v.dtype, v.stride()
+        if not isinstance(v, bool | int | float | str | torch.dtype | None):
+            raise GraphCaptureError(f"model_kwargs hold a {type(v).__name__}, which may change between calls")
+        return type(v), v
+
+    leaves, spec = tree_flatten(part.model_kwargs)
+    there = tuple(v is not None for v in (part.guidance, part.rescale, part.guided_rows, part.known))
+    return part.shape, there, part.noise_is_given, str(spec), tuple(described(v) for v in leaves)
 
 
 T = TypeVar("T")

@@ -12,7 +12,6 @@ from typing import Any, Literal, NamedTuple, Unpack
 import torch
 from fastddpm_kernels import LoopStep
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
 from . import graphs, solvers
 from .buffers import Buffers, NoiseAhead
@@ -280,7 +279,7 @@ class Sampler:
                 self._pool = torch.cuda.graph_pool_handle()
             key = None
             try:
-                key = (_key(part), device)
+                key = (graphs.key_of(part), device)
                 return self._captured.get(key, partial(self._capture, part, device))
             except GraphCaptureError as error:
                 if self.graph is True:
@@ -387,24 +386,6 @@ class Sampler:
         from tqdm import tqdm
 
         return tqdm(total=-(-n // size) * self.table.num_rows, disable=not progress, unit="step", desc="sampling")
-
-
-def _key(part: Inputs) -> tuple[Any, ...]:
-    """What a captured graph is for: a tensor enters by its shape and dtype, a plain value by itself.
-
-    Raises `GraphCaptureError` for anything else in the model_kwargs: an object may change without its graph noticing.
-    """
-
-    def described(v: Any) -> tuple[Any, ...]:
-        if isinstance(v, Tensor):
-            return v.shape, v.dtype, v.stride()
-        if not isinstance(v, bool | int | float | str | torch.dtype | None):
-            raise GraphCaptureError(f"model_kwargs hold a {type(v).__name__}, which may change between calls")
-        return type(v), v
-
-    leaves, spec = tree_flatten(part.model_kwargs)
-    there = tuple(v is not None for v in (part.guidance, part.rescale, part.guided_rows, part.known))
-    return part.shape, there, part.noise_is_given, str(spec), tuple(described(v) for v in leaves)
 
 
 def sample(

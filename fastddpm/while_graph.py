@@ -83,8 +83,9 @@ class WhileGraph:
         weakref.finalize(self, _free, cuda, self._exec, graph).atexit = False
 
     def __call__(self, times: int = 1) -> None:
-        self._left.fill_(times)
-        error, *_ = self._cuda.cuGraphLaunch(self._exec, torch.cuda.current_stream(self._device).cuda_stream)
+        with torch.cuda.device(self._device):  # the default stream is the current device's
+            self._left.fill_(times)
+            error, *_ = self._cuda.cuGraphLaunch(self._exec, torch.cuda.current_stream(self._device).cuda_stream)
         if error:
             raise DeviceError(f"the WHILE graph was not launched: {error.name}; sample with graph='auto'")
 

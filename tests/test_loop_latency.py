@@ -1,4 +1,4 @@
-"""The benchmark of the loops: without a GPU it says so; its figures are of loops that ran, with the eager ones' bytes."""
+"""The benchmark of the loops: without a GPU it says so; its figures are of loops that gave the eager bytes."""
 
 import json
 

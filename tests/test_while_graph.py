@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
+import weakref
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -226,11 +227,33 @@ def test_closing_frees_it(monkeypatch, driver):
 
 
 def test_the_body_lives_as_long_as_the_loop(driver):
-    driver()
-    loop = looped(counting()[1], CPU)
+    """The memory that the steps work in is the body's: it goes last."""
+    cuda, body = driver(), counting()[1]
+    freed = weakref.finalize(body, lambda: cuda.calls.append("the body is freed"))
+    loop = looped(body, CPU)
+    del body
     gc.collect()
-    loop(2)
-    assert isinstance(loop._body, FakeGraph)  # the memory that the steps work in is its
+    assert freed.alive
+    del loop
+    gc.collect()
+    assert cuda.calls[-3:] == ["cuGraphExecDestroy", "cuGraphDestroy", "the body is freed"]
+
+
+def test_it_is_launched_on_its_own_device(monkeypatch, driver):
+    """The current stream of another device is not the one that is current there."""
+    cuda, now, launched = driver(), [], []
+    loop = looped(counting()[1], CPU)
+
+    @contextmanager
+    def device(of):
+        now.append(of)
+        yield
+        now.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    cuda.cuGraphLaunch = lambda *_: launched.extend(now) or (0,)
+    loop(3)
+    assert launched == [CPU]
 
 
 def test_it_is_asked_for_by_name_and_is_nothing_on_a_cpu(monkeypatch):
