@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 from hypothesis import given as draws
-from hypothesis import Phase, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from policy_networks import SMALL, Wrapped, given, made
 from torch import nn
@@ -46,7 +46,7 @@ def architectures():
     return networks.filter(lambda n: all(a != 2 * b for a, b in itertools.pairwise(n["widths"])))
 
 
-@settings(max_examples=30, phases=(Phase.generate,))
+@settings(max_examples=30)
 @draws(options=architectures(), batch=st.integers(1, 3), more=st.integers(1, 3))
 def test_it_is_the_module(options, batch, more):
     net, horizon = made(**options), more * 2 ** (len(options["widths"]) - 1)
