@@ -245,11 +245,10 @@ def conv_kernel(
     if done:
         if SCALED:
             total *= scale
-        keep = (r < rows)[:, None] & (n < cout)[None, :]
-        place = (to * cout)[:, None] + n[None, :]
         begins = sample * out_pixels * cout
         if RAW:
-            tl.store(out_ptr + begins + place, total.to(out_ptr.dtype.element_ty), keep)
+            place = out_ptr + begins + ((to * cout)[:, None] + n[None, :])
+            tl.store(place, total.to(out_ptr.dtype.element_ty), (r < rows)[:, None] & (n < cout)[None, :])
         if NORMS > 0:
             PARTS: tl.constexpr = 1 << (PIXEL_BITS - PART_BITS)  # of a sample
             IMAGES: tl.constexpr = (BLOCK_M * PHASES + (1 << PIXEL_BITS) - 1) >> PIXEL_BITS  # in a tile
@@ -268,67 +267,69 @@ def conv_kernel(
                     IMAGES,
                     (BLOCK_M >> PART_BITS) // IMAGES,
                     PARTS,
+                    PART_BITS,
                     UNIT_BITS,
                     PHASES * TILES,
                     WAIT,
                 )
-            mean, squares = merged(
-                mean, squares, 1 << (PART_BITS + UNIT_BITS), COLUMN_BITS - UNIT_BITS, PIXEL_BITS - PART_BITS
-            )
+            else:
+                mean, squares = merged(
+                    mean, squares, 1 << (PART_BITS + UNIT_BITS), COLUMN_BITS - UNIT_BITS, PIXEL_BITS - PART_BITS
+                )
             store_norm(
                 total,
                 mean,
                 squares,
-                norm_out_ptr,
-                norm_weight_ptr,
-                norm_bias_ptr,
-                norm_scale_ptr,
-                norm_shift_ptr,
-                norm_scale_stride,
-                norm_shift_stride,
-                norm_eps,
-                place,
-                keep,
+                (
+                    norm_out_ptr,
+                    norm_weight_ptr,
+                    norm_bias_ptr,
+                    norm_scale_ptr,
+                    norm_shift_ptr,
+                    norm_scale_stride,
+                    norm_shift_stride,
+                    norm_eps,
+                ),
+                to * cout,
+                r < rows,
                 sample,
                 batch,
                 begins,
-                n,
+                column,
                 cout,
                 PIXEL_BITS,
                 UNIT_BITS,
                 GROUP_BITS,
                 SCALE,
                 SILU,
-                IMAGES,
-                COLUMN_BITS,
             )
             if NORMS > 1:
                 store_norm(
                     total,
                     mean,
                     squares,
-                    other_out_ptr,
-                    other_weight_ptr,
-                    other_bias_ptr,
-                    other_scale_ptr,
-                    other_shift_ptr,
-                    other_scale_stride,
-                    other_shift_stride,
-                    other_eps,
-                    place,
-                    keep,
+                    (
+                        other_out_ptr,
+                        other_weight_ptr,
+                        other_bias_ptr,
+                        other_scale_ptr,
+                        other_shift_ptr,
+                        other_scale_stride,
+                        other_shift_stride,
+                        other_eps,
+                    ),
+                    to * cout,
+                    r < rows,
                     sample,
                     batch,
                     begins,
-                    n,
+                    column,
                     cout,
                     PIXEL_BITS,
                     UNIT_BITS,
                     OTHER_GROUP_BITS,
                     OTHER_SCALE,
                     OTHER_SILU,
-                    IMAGES,
-                    COLUMN_BITS,
                 )
 
 

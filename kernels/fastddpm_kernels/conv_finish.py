@@ -42,14 +42,27 @@ def pair_sums(values, ROW_BITS: tl.constexpr, COLUMN_BITS: tl.constexpr, UNIT_BI
 
 
 @triton.jit
+def together(mean, squares, mean_2, squares_2, count: tl.constexpr):
+    """Mean and squares of two sets of `count` values each (Chan, Golub & LeVeque 1979)."""
+    away = mean - mean_2
+    return (mean + mean_2) * 0.5, squares + squares_2 + away * away * (count * 0.5)
+
+
+@triton.jit
+def pairs(values, BIT: tl.constexpr):
+    """Those whose flat index has bit BIT clear, and those that have it set. (A `tl.sum` here would need a barrier for
+    each of several copies, where the two lie in different warps.)
+    """
+    return tl.split(tl.permute(halves(values, BIT), (0, 2, 1)))
+
+
+@triton.jit
 def merged(mean, squares, count: tl.constexpr, BIT: tl.constexpr, LEVELS: tl.constexpr):
     """Mean and squares of 2^LEVELS neighbours together, in index bits BIT and above, of `count` values each."""
-    sign = 1.0 - 2.0 * tl.arange(0, 2).to(tl.float32)
     for level in tl.static_range(LEVELS):
-        both = halves(mean, BIT)
-        away = tl.sum(both * sign[None, :, None], 1)
-        squares = tl.sum(halves(squares, BIT), 1) + away * away * (count * 0.5 * (1 << level))
-        mean = tl.sum(both, 1) * 0.5
+        mean, mean_2 = pairs(mean, BIT)
+        squares, squares_2 = pairs(squares, BIT)
+        mean, squares = together(mean, squares, mean_2, squares_2, count << level)
     return mean.reshape(mean.numel >> BIT, 1 << BIT), squares.reshape(mean.numel >> BIT, 1 << BIT)
 
 
@@ -106,6 +119,20 @@ def all_there(counter_ptr, PROGRAMS: tl.constexpr, WAIT: tl.constexpr):
 
 
 @triton.jit
+def read_back(at, step, there, count: tl.constexpr, PARTS: tl.constexpr):
+    """Mean and squares of PARTS parts together, in the order of `merged`. A warp has all of a unit: no barrier."""
+    if PARTS == 1:
+        mean = tl.load(at, there, other=0.0)
+        squares = tl.load(at + step, there, other=0.0)
+    else:
+        HALF: tl.constexpr = PARTS // 2
+        mean, squares = read_back(at, step, there, count, HALF)
+        mean_2, squares_2 = read_back(at + 2 * HALF * step, step, there, count, HALF)
+        mean, squares = together(mean, squares, mean_2, squares_2, count * HALF)
+    return mean, squares
+
+
+@triton.jit
 def exchanged(
     mean,  # float32 [IMAGES OWN, units]
     squares,
@@ -119,11 +146,12 @@ def exchanged(
     IMAGES: tl.constexpr,  # of a tile
     OWN: tl.constexpr,  # parts of an image that a tile has
     PARTS: tl.constexpr,  # that there are
+    PART_BITS: tl.constexpr,
     UNIT_BITS: tl.constexpr,
     PROGRAMS: tl.constexpr,
     WAIT: tl.constexpr,
 ):
-    """Mean and squares of all parts of the tile's images, [IMAGES PARTS, units]: NaN where they did not come."""
+    """Mean and squares of the tile's images, [IMAGES, units]: NaN where the other programs did not come."""
     units = cout >> UNIT_BITS
     u = (column >> UNIT_BITS) + tl.arange(0, mean.shape[1])
     place = statistics_ptr + sample * (PARTS * 2) * units
@@ -133,67 +161,107 @@ def exchanged(
     tl.store(to, mean, there)
     tl.store(to + units, squares, there)
     came = all_there(counter_ptr, PROGRAMS, WAIT)
-    i = tl.arange(0, IMAGES * PARTS)
-    there = (sample + i // PARTS < batch)[:, None] & (u < units)[None, :]
-    at = place + (i * 2 * units)[:, None] + u[None, :]
-    # From L2: what this multiprocessor's L1 has of these addresses may be older.
-    mean = tl.load(at, there, other=0.0, cache_modifier=".cg")
-    squares = tl.load(at + units, there, other=0.0, cache_modifier=".cg")
+    i = tl.arange(0, IMAGES)
+    there = (sample + i < batch)[:, None] & (u < units)[None, :]
+    at = place + (i * (PARTS * 2) * units)[:, None] + u[None, :]
+    mean, squares = read_back(at, units, there, 1 << (PART_BITS + UNIT_BITS), PARTS)
     return mean + tl.where(came, 0.0, float("nan")), squares
 
 
 @triton.jit
+def column_halves(values):
+    """Two halves of the columns: registers of the same threads, since a tensor core's result has 8 in a row."""
+    M: tl.constexpr = values.shape[0]
+    N: tl.constexpr = values.shape[1]
+    return tl.split(tl.permute(values.reshape(M, 2, N // 2), (0, 2, 1)))
+
+
+@triton.jit
 def store_norm(
-    values,  # float32 [BLOCK_M, BLOCK_N]
+    values,  # float32 [rows, columns]
     mean,  # float32 [IMAGES, units]
     squares,
-    out_ptr,
-    weight_ptr,
-    bias_ptr,
-    scale_ptr,
-    shift_ptr,
-    scale_stride,
-    shift_stride,
-    eps,
-    place,  # [BLOCK_M, BLOCK_N], offsets from the first sample's beginning
-    keep,
-    sample,
+    norm,  # pointers to out, weight, bias, scale and shift; the strides of the last two; eps
+    place,  # int32 [rows], from the first sample's beginning
+    valid,  # [rows]
+    sample,  # int64, the tile's first
     batch,
-    start,  # int64, that sample's in `out`
-    n,
+    start,  # int64, that sample's beginning in `out`
+    column,  # the first
     cout,
     PIXEL_BITS: tl.constexpr,  # of a sample's output
     UNIT_BITS: tl.constexpr,
     GROUP_BITS: tl.constexpr,
     SCALE: tl.constexpr,
     SILU: tl.constexpr,
-    IMAGES: tl.constexpr,
-    COLUMN_BITS: tl.constexpr,
 ):
-    """Normalise, and store."""
-    GROUP: tl.constexpr = 1 << GROUP_BITS
-    GROUPS: tl.constexpr = 1 << (COLUMN_BITS - GROUP_BITS)
+    """Normalise, and store. 64 columns at once: else their weights and the sums need more than 128 registers."""
     M: tl.constexpr = values.shape[0]
     N: tl.constexpr = values.shape[1]
-    mean, squares = merged(mean, squares, 1 << (PIXEL_BITS + UNIT_BITS), 0, GROUP_BITS - UNIT_BITS)
-    mean, squares = mean.reshape(IMAGES, GROUPS), squares.reshape(IMAGES, GROUPS)
-    deviation = tl.rsqrt(squares * (1.0 / (1 << (PIXEL_BITS + GROUP_BITS))) + eps)
-    a = tl.load(weight_ptr + n, n < cout, other=0.0)[None, :]
-    b = tl.load(bias_ptr + n, n < cout, other=0.0)[None, :]
-    if SCALE:
-        image = tl.arange(0, IMAGES)
-        inside = (sample + image < batch)[:, None] & (n < cout)[None, :]
-        factor = 1.0 + tl.load(
-            scale_ptr + sample * scale_stride + (image * scale_stride)[:, None] + n[None, :], inside, other=0.0
+    GROUP: tl.constexpr = 1 << GROUP_BITS
+    if N > 64 and N > GROUP:
+        low, high = column_halves(values)
+        mean_low, mean_high = column_halves(mean)
+        squares_low, squares_high = column_halves(squares)
+        store_norm(
+            low,
+            mean_low,
+            squares_low,
+            norm,
+            place,
+            valid,
+            sample,
+            batch,
+            start,
+            column,
+            cout,
+            PIXEL_BITS,
+            UNIT_BITS,
+            GROUP_BITS,
+            SCALE,
+            SILU,
         )
-        shift = tl.load(
-            shift_ptr + sample * shift_stride + (image * shift_stride)[:, None] + n[None, :], inside, other=0.0
+        store_norm(
+            high,
+            mean_high,
+            squares_high,
+            norm,
+            place,
+            valid,
+            sample,
+            batch,
+            start,
+            column + N // 2,
+            cout,
+            PIXEL_BITS,
+            UNIT_BITS,
+            GROUP_BITS,
+            SCALE,
+            SILU,
         )
-        a, b = a * factor, tl.fma(tl.broadcast_to(b, factor.shape), factor, shift)
-    a = a.reshape(a.shape[0], GROUPS, GROUP) * deviation[:, :, None]
-    b = b.reshape(b.shape[0], 1, GROUPS, GROUP)
-    away = values.reshape(IMAGES, M // IMAGES, GROUPS, GROUP) - mean[:, None, :, None]
-    y = tl.fma(away, tl.broadcast_to(a[:, None], away.shape), tl.broadcast_to(b, away.shape))
-    if SILU:
-        y = silu_of(y)
-    tl.store(out_ptr + start + place, y.to(out_ptr.dtype.element_ty).reshape(M, N), keep)
+    else:
+        out_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride, eps = norm
+        IMAGES: tl.constexpr = mean.shape[0]
+        mean, squares = merged(mean, squares, 1 << (PIXEL_BITS + UNIT_BITS), 0, GROUP_BITS - UNIT_BITS)
+        mean, squares = mean.reshape(IMAGES, N // GROUP), squares.reshape(IMAGES, N // GROUP)
+        deviation = tl.rsqrt(squares * (1.0 / (1 << (PIXEL_BITS + GROUP_BITS))) + eps)
+        n = column + tl.arange(0, N)
+        there = n < cout
+        a = tl.load(weight_ptr + n, there, other=0.0)[None, :]
+        b = tl.load(bias_ptr + n, there, other=0.0)[None, :]
+        if SCALE:
+            image = tl.arange(0, IMAGES)
+            inside = (sample + image < batch)[:, None] & there[None, :]
+            scale = scale_ptr + sample * scale_stride + (image * scale_stride)[:, None] + n[None, :]
+            shift = shift_ptr + sample * shift_stride + (image * shift_stride)[:, None] + n[None, :]
+            factor = 1.0 + tl.load(scale, inside, other=0.0)
+            b = tl.fma(tl.broadcast_to(b, factor.shape), factor, tl.load(shift, inside, other=0.0))
+            a = a * factor
+        a = a.reshape(a.shape[0], N // GROUP, GROUP) * deviation[:, :, None]
+        b = b.reshape(b.shape[0], 1, N // GROUP, GROUP)
+        away = values.reshape(IMAGES, M // IMAGES, N // GROUP, GROUP) - mean[:, None, :, None]
+        y = tl.fma(away, tl.broadcast_to(a[:, None], away.shape), tl.broadcast_to(b, away.shape))
+        if SILU:
+            y = silu_of(y)
+        at = out_ptr + start + (place[:, None] + n[None, :])
+        tl.store(at, y.to(out_ptr.dtype.element_ty).reshape(M, N), valid[:, None] & there[None, :])
