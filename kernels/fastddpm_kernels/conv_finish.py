@@ -120,7 +120,7 @@ def all_there(counter_ptr, PROGRAMS: tl.constexpr, WAIT: tl.constexpr):
 
 @triton.jit
 def read_back(at, step, there, count: tl.constexpr, PARTS: tl.constexpr):
-    """Mean and squares of PARTS parts together, in the order of `merged`. A warp has all of a unit: no barrier."""
+    """Mean and squares of PARTS parts together, in the order of `merged`, each loaded by the thread that adds it."""
     if PARTS == 1:
         mean = tl.load(at, there, other=0.0)
         squares = tl.load(at + step, there, other=0.0)
@@ -161,11 +161,19 @@ def exchanged(
     tl.store(to, mean, there)
     tl.store(to + units, squares, there)
     came = all_there(counter_ptr, PROGRAMS, WAIT)
-    i = tl.arange(0, IMAGES)
-    there = (sample + i < batch)[:, None] & (u < units)[None, :]
-    at = place + (i * (PARTS * 2) * units)[:, None] + u[None, :]
-    mean, squares = read_back(at, units, there, 1 << (PART_BITS + UNIT_BITS), PARTS)
-    return mean + tl.where(came, 0.0, float("nan")), squares
+    # The two halves of the parts lie in neighbouring lanes. Without a sum between threads the compiler would have every
+    # thread load the units of all its columns.
+    UNITS: tl.constexpr = mean.shape[1]
+    i = tl.arange(0, IMAGES * UNITS)
+    u = (column >> UNIT_BITS) + i % UNITS
+    there = ((sample + i // UNITS < batch) & (u < units))[:, None]
+    half = tl.arange(0, 2)
+    at = place + (i // UNITS * (PARTS * 2) * units + u)[:, None] + (half * PARTS * units)[None, :]
+    mean, squares = read_back(at, units, there, 1 << (PART_BITS + UNIT_BITS), PARTS // 2)
+    away = tl.sum(mean * (1.0 - 2.0 * half.to(tl.float32))[None, :], 1)
+    squares = tl.sum(squares, 1) + away * away * (0.25 * (PARTS << (PART_BITS + UNIT_BITS)))
+    mean = tl.sum(mean, 1) * 0.5 + tl.where(came, 0.0, float("nan"))
+    return mean.reshape(IMAGES, UNITS), squares.reshape(IMAGES, UNITS)
 
 
 @triton.jit
