@@ -1,14 +1,21 @@
-"""A forward of Ho et al.'s CIFAR-10 network (35.7 M weights, random): the engine against diffusers and the compiler.
+"""Ho et al.'s CIFAR-10 network (35.7 M weights, random): the engine against diffusers and the compiler.
 
 Run: ``OMP_WAIT_POLICY=PASSIVE pytest benchmarks/test_unet.py -s``; ``BATCHES=1,8,64`` sets the batch sizes. Correct
-first, against float64, then timed, all of a batch in one run in rotated order. On a CPU the time is the processor's; on
-a GPU the wall's around synchronised calls, with `torch.compile(mode="max-autotune")` and a CUDA graph beside eager.
+first, against float64, then timed, all of a batch in one run in rotated order.
+
+On a CPU a forward, by the processor's time. On a GPU whole reverse steps, `unet_contenders` says whose, by the clock
+around synchronised runs of them; images/s at 1000 and 50 steps are computed from the time of a step. ``SECONDS`` (480):
+flags of the compiler are tried, and batches begun, in that time; ``FLAGS=2``: how many at most at a batch; ``OUT``: the
+folder of the figures, written after each batch (benchmarks/results/<gpu>). A cold start is timed in processes of its
+own, with empty caches: ``COLD=1``.
 """
 
 import copy
 import json
 import os
+import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -16,25 +23,18 @@ from diffusers import UNet2DModel
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
+from benchmarks import cold_start, gpu_facts, unet_race, unet_results
 from benchmarks.measure import Interleaved, machine, table
+from benchmarks.unet_networks import CIFAR
+from benchmarks.unet_race import WHOLE, UNetRace, flops_of, rms, setting_of
 from fastddpm import engine
 from fastddpm.unet import UNet
-from fastddpm.unet_config import UNetConfig
 
 ROUNDS = 7
-BATCHES = [int(batch) for batch in os.environ.get("BATCHES", "1,8").split(",")]
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-CIFAR = UNetConfig(
-    sample_size=32,
-    block_out_channels=(128, 256, 256, 256),
-    down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-    up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-    attention_head_dim=None,
-    downsample_padding=0,
-    flip_sin_to_cos=False,
-    freq_shift=1,
-    norm_eps=1e-6,
-)
+CUDA = torch.cuda.is_available()
+BATCHES = [int(batch) for batch in os.environ.get("BATCHES", "1,8,64,256" if CUDA else "1,8").split(",")]
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+SECONDS, BEGAN = float(os.environ.get("SECONDS", "480")), time.monotonic()
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -52,39 +52,13 @@ def contenders(net: UNet, x: Tensor, t: Tensor) -> dict[str, Callable[[], Tensor
         made[f"diffusers {name}"] = lambda theirs=theirs, given=given: theirs(given, t).sample
         made[f"diffusers {name} channels_last"] = lambda last=last, wide=wide: last(wide, t).sample
         made[f"engine {name}"] = lambda fast=fast, wide=wide: fast(wide, t)
-        if DEVICE.type == "cuda" and dtype == torch.bfloat16:
-            best = torch.compile(last, mode="max-autotune", fullgraph=True)
-            made["torch.compile max-autotune"] = lambda best=best, wide=wide: best(wide, t).sample
-            made["engine, graph"] = graphed(lambda fast=fast, wide=wide: fast(wide, t))
-            made["diffusers, graph"] = graphed(lambda last=last, wide=wide: last(wide, t).sample)
     return made
 
 
-def graphed(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """The replay of a CUDA graph of it."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = call()
-
-    def replay() -> Tensor:
-        graph.replay()
-        return out
-
-    return replay
-
-
-def rms(error: Tensor) -> float:
-    return float(error.double().square().mean().sqrt())
-
-
+@pytest.mark.skipif(CUDA, reason="a GPU is there: test_steps")
 @pytest.mark.parametrize("batch", BATCHES)
 @torch.no_grad()
-def test_unet(batch: int, benchmark: BenchmarkFixture, capsys: pytest.CaptureFixture[str]) -> None:
+def test_forward(batch: int, benchmark: BenchmarkFixture, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     net = UNet(CIFAR).eval().requires_grad_(False).to(DEVICE)
     x, t = torch.randn(batch, 3, 32, 32, device=DEVICE), torch.randint(0, 1000, (batch,), device=DEVICE)
@@ -95,19 +69,9 @@ def test_unet(batch: int, benchmark: BenchmarkFixture, capsys: pytest.CaptureFix
         eager = max(errors[f"diffusers {name}"], errors[f"diffusers {name} channels_last"])
         assert errors[f"engine {name}"] <= 2 * eager, f"engine {name}: {errors}"
 
-    def waited(call: Callable[[], Tensor]) -> Callable[[], None]:
-        def run() -> None:
-            call()
-            if DEVICE.type == "cuda":
-                torch.cuda.synchronize()
-
-        return run
-
-    measured = Interleaved({name: waited(call) for name, call in calls.items()})
+    measured = Interleaved(calls)
     benchmark.pedantic(measured, rounds=ROUNDS, iterations=1, warmup_rounds=0)
-    times = {
-        name: taken.median if DEVICE.type == "cuda" else taken.median_cpu for name, taken in measured.times.items()
-    }
+    times = {name: taken.median_cpu for name, taken in measured.times.items()}
     rows = {}
     for name, seconds in times.items():
         peers = [
@@ -125,3 +89,62 @@ def test_unet(batch: int, benchmark: BenchmarkFixture, capsys: pytest.CaptureFix
     with capsys.disabled():
         print(table(f"UNet forward, {DEVICE.type}, batch {batch}, 35.7 M weights", rows))
         print(json.dumps(machine()))
+
+
+class Steps:
+    """The figures of all batches, and what is kept from one to the next."""
+
+    def __init__(self) -> None:
+        self.flops = flops_of(CIFAR)
+        self.matmul = gpu_facts.matmul_rate(DEVICE)
+        self.best_flags: str | None = None
+        self.record = unet_results.header("unet") | {"flops_an_image": self.flops, "matmul_tflops": self.matmul * 1e-12}
+        self.record |= {"batches": []}
+
+    def measure(self, batch: int, seconds: float) -> dict[str, Any]:
+        """A batch; a half of the time is for the compiler's flags."""
+        race = UNetRace(setting_of(CIFAR, batch, DEVICE))
+        race.make()
+        race.make_whole(seconds / 2, self.best_flags, most=int(os.environ.get("FLAGS", "8")))
+        if WHOLE in race.ready:
+            self.best_flags = race.made[WHOLE]["flags"]
+        made = race.record(self.flops, self.matmul)
+        self.record["batches"].append(made)
+        unet_results.write(self.record)
+        torch._dynamo.reset()
+        return made
+
+
+@pytest.fixture(scope="module")
+def steps() -> Steps:
+    # what all contenders of float32 have on; those of bfloat16 don't mind
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
+    return Steps()
+
+
+@pytest.mark.skipif(not CUDA, reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("batch", BATCHES)
+@torch.no_grad()
+def test_steps(batch: int, steps: Steps, capsys: pytest.CaptureFixture[str]) -> None:
+    left = SECONDS - (time.monotonic() - BEGAN)
+    if left <= 0:
+        pytest.skip(f"no time left of SECONDS={SECONDS:g}")
+    made = steps.measure(batch, left / (len(BATCHES) - BATCHES.index(batch)))
+    with capsys.disabled():
+        print(table(f"A reverse step, batch {batch}; matmul {steps.matmul * 1e-12:.0f} TFLOP/s", unet_race.rows(made)))
+        print("C2's flags, ms a step:", made["c2_flags"])
+    assert "failed" not in made["contenders"]["ours"], made["contenders"]["ours"]
+
+
+@pytest.mark.skipif(not CUDA or os.environ.get("COLD") != "1", reason="needs an NVIDIA GPU, and COLD=1")
+def test_cold_start(capsys: pytest.CaptureFixture[str]) -> None:
+    """Seconds from a process's beginning to its first samples, nothing compiled before: ours, C1 and C2."""
+    record = unet_results.header("cold start") | {"batch": BATCHES[0], "contenders": {}}
+    for name in ("ours", "C1", "C2"):
+        left = SECONDS - (time.monotonic() - BEGAN)
+        record["contenders"][name] = cold_start.timed(name, BATCHES[0], max(10.0, left))
+        unet_results.write(record)
+        with capsys.disabled():
+            print(f"cold start, batch {BATCHES[0]}: {name}: {record['contenders'][name]}")
+    assert "seconds" in record["contenders"]["ours"]

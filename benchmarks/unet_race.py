@@ -74,7 +74,11 @@ class UNetRace:
             self._add(name, maker)
 
     def make_whole(
-        self, seconds: float, first: str | None = None, maker: Callable[[str], Contender] | None = None
+        self,
+        seconds: float,
+        first: str | None = None,
+        maker: Callable[[str], Contender] | None = None,
+        most: int = len(FLAGS),
     ) -> None:
         """C2: the fastest of its flags; one is tried whatever it takes, others as long as there is time.
 
@@ -82,12 +86,13 @@ class UNetRace:
             seconds: no flags are tried after these.
             first: what was best at another batch.
             maker: makes one of flags.
+            most: how many are tried.
         """
         names = [*([first] if first else []), *(name for name in FLAGS if name != first)]
         begin, best = time.monotonic(), float("inf")
-        for name in names:
-            if name != names[0] and time.monotonic() - begin > seconds:
-                self.flags[name] = "not tried: no time"
+        for at, name in enumerate(names):
+            if at and (at >= most or time.monotonic() - begin > seconds):
+                self.flags[name] = "not tried"
                 continue
             kept = self.ready.pop(WHOLE, None), self.made.pop(WHOLE, None)
             self._add(

@@ -17,17 +17,9 @@ from torch import Tensor
 from benchmarks import unet_contenders, unet_race
 from benchmarks.measure import table
 from benchmarks.unet_contenders import FLAGS, Documented, Eager, Ours, Setting, Whole
-from benchmarks.unet_networks import CIFAR
+from benchmarks.unet_networks import CIFAR, SMALL
 from benchmarks.unet_race import UNetRace, flops_of, rows, setting_of
 
-SMALL = replace(
-    CIFAR,
-    sample_size=8,
-    block_out_channels=(32, 32),
-    down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-    up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    layers_per_block=1,
-)
 CPU = torch.device("cpu")
 
 
@@ -203,7 +195,10 @@ def test_the_best_flags_are_kept(setting: Setting, monkeypatch: pytest.MonkeyPat
     race = UNetRace(setting, {})
     race.make_whole(-1.0, None, maker)
     assert tried == ["max-autotune"]
-    assert race.flags["trees"] == "not tried: no time"
+    assert race.flags["trees"] == "not tried"
+    tried.clear()
+    UNetRace(setting, {}).make_whole(60.0, None, maker, most=2)
+    assert tried == ["max-autotune", "conv_1x1_as_mm"]
     race = UNetRace(setting, {})
     race.make_whole(60.0, None, lambda flags: broken())
     assert race.made["C2"]["failed"] == "RuntimeError: no kernel"
