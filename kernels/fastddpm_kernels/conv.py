@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from triton.runtime import driver
 
-from .conv_finish import added, exchanged, merged, moments, store_norm
+from .conv_finish import added, all_there, leave, merged, moments, store_norm
 from .conv_norm import NormOut
 from .conv_parts import accumulate, begin, rows_left
 from .conv_reference import COLUMNS
@@ -253,33 +253,23 @@ def conv_kernel(
             PARTS: tl.constexpr = 1 << (PIXEL_BITS - PART_BITS)  # of a sample
             IMAGES: tl.constexpr = (BLOCK_M * PHASES + (1 << PIXEL_BITS) - 1) >> PIXEL_BITS  # in a tile
             mean, squares = moments(total, PART_BITS, COLUMN_BITS, UNIT_BITS)
+            late = 0.0
             if EXCHANGE:
-                mean, squares = exchanged(
-                    mean,
-                    squares,
-                    scratch_ptr,
-                    counter_ptr + span * across + column_tile,
-                    sample,
-                    batch,
-                    (phase * pixels + first) >> PART_BITS,
-                    column,
-                    cout,
-                    IMAGES,
-                    (BLOCK_M >> PART_BITS) // IMAGES,
-                    PARTS,
-                    PART_BITS,
-                    UNIT_BITS,
-                    PHASES * TILES,
-                    WAIT,
-                )
+                OWN: tl.constexpr = (BLOCK_M >> PART_BITS) // IMAGES
+                part = (phase * pixels + first) >> PART_BITS
+                leave(mean, squares, scratch_ptr, sample, batch, part, column, cout, OWN, PARTS, UNIT_BITS)
+                late = all_there(counter_ptr + span * across + column_tile, PHASES * TILES, WAIT)
             else:
-                mean, squares = merged(
-                    mean, squares, 1 << (PART_BITS + UNIT_BITS), COLUMN_BITS - UNIT_BITS, PIXEL_BITS - PART_BITS
-                )
+                UNITS: tl.constexpr = 1 << (COLUMN_BITS - UNIT_BITS)
+                PART: tl.constexpr = 1 << (PART_BITS + UNIT_BITS)
+                mean, squares = merged(mean, squares, PART, COLUMN_BITS - UNIT_BITS, PIXEL_BITS - PART_BITS)
+                mean, squares = mean.reshape(IMAGES, UNITS), squares.reshape(IMAGES, UNITS)
             store_norm(
                 total,
                 mean,
                 squares,
+                scratch_ptr,
+                late,
                 (
                     norm_out_ptr,
                     norm_weight_ptr,
@@ -297,17 +287,22 @@ def conv_kernel(
                 begins,
                 column,
                 cout,
+                IMAGES,
                 PIXEL_BITS,
+                PART_BITS,
                 UNIT_BITS,
                 GROUP_BITS,
                 SCALE,
                 SILU,
+                EXCHANGE,
             )
             if NORMS > 1:
                 store_norm(
                     total,
                     mean,
                     squares,
+                    scratch_ptr,
+                    late,
                     (
                         other_out_ptr,
                         other_weight_ptr,
@@ -325,11 +320,14 @@ def conv_kernel(
                     begins,
                     column,
                     cout,
+                    IMAGES,
                     PIXEL_BITS,
+                    PART_BITS,
                     UNIT_BITS,
                     OTHER_GROUP_BITS,
                     OTHER_SCALE,
                     OTHER_SILU,
+                    EXCHANGE,
                 )
 
 

@@ -101,7 +101,7 @@ def added(total, partial_ptr, counter_ptr, segment, SEGMENTS: tl.constexpr, M: t
 
 @triton.jit
 def all_there(counter_ptr, PROGRAMS: tl.constexpr, WAIT: tl.constexpr):
-    """Wait until PROGRAMS programs (a power of two) are here; False where it took too long.
+    """Wait until PROGRAMS programs (a power of two) are here: 0, or NaN where it took too long.
 
     The counter never goes back: each launch adds PROGRAMS to it, and may find any multiple of that.
     """
@@ -114,8 +114,8 @@ def all_there(counter_ptr, PROGRAMS: tl.constexpr, WAIT: tl.constexpr):
         while (missing > 0) & (rounds < 4194304):  # seconds: something is broken, and a hang would hide what
             missing = target - tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
             rounds += 1
-        return missing <= 0
-    return missing <= PROGRAMS
+    late = missing > 0 if WAIT else missing > PROGRAMS
+    return tl.where(late, float("nan"), 0.0)
 
 
 @triton.jit
@@ -133,47 +133,70 @@ def read_back(at, step, there, count: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
-def exchanged(
+def leave(
     mean,  # float32 [IMAGES OWN, units]
     squares,
     statistics_ptr,  # float32 [B, PARTS, 2, cout / UNIT]
-    counter_ptr,
     sample,  # int64, the tile's first
     batch,
     first_part,  # of the tile's first sample
     column,  # the tile's first
     cout,
-    IMAGES: tl.constexpr,  # of a tile
     OWN: tl.constexpr,  # parts of an image that a tile has
     PARTS: tl.constexpr,  # that there are
-    PART_BITS: tl.constexpr,
     UNIT_BITS: tl.constexpr,
-    PROGRAMS: tl.constexpr,
-    WAIT: tl.constexpr,
 ):
-    """Mean and squares of the tile's images, [IMAGES, units]: NaN where the other programs did not come."""
+    """Write the statistics of a tile's parts."""
     units = cout >> UNIT_BITS
     u = (column >> UNIT_BITS) + tl.arange(0, mean.shape[1])
-    place = statistics_ptr + sample * (PARTS * 2) * units
-    i = tl.arange(0, IMAGES * OWN)
+    i = tl.arange(0, mean.shape[0])
     there = (sample + i // OWN < batch)[:, None] & (u < units)[None, :]
-    to = place + ((i // OWN * PARTS + first_part + i % OWN) * 2 * units)[:, None] + u[None, :]
+    to = statistics_ptr + sample * (PARTS * 2) * units
+    to += ((i // OWN * PARTS + first_part + i % OWN) * 2 * units)[:, None] + u[None, :]
     tl.store(to, mean, there)
     tl.store(to + units, squares, there)
-    came = all_there(counter_ptr, PROGRAMS, WAIT)
+
+
+@triton.jit
+def found(
+    statistics_ptr,
+    sample,
+    batch,
+    column,
+    cout,
+    IMAGES: tl.constexpr,
+    UNITS: tl.constexpr,
+    PARTS: tl.constexpr,
+    PART_BITS: tl.constexpr,
+    UNIT_BITS: tl.constexpr,
+):
+    """Mean and squares of UNITS units of whole images, [IMAGES, UNITS]."""
     # The two halves of the parts lie in neighbouring lanes. Without a sum between threads the compiler would have every
     # thread load the units of all its columns.
-    UNITS: tl.constexpr = mean.shape[1]
+    units = cout >> UNIT_BITS
     i = tl.arange(0, IMAGES * UNITS)
     u = (column >> UNIT_BITS) + i % UNITS
     there = ((sample + i // UNITS < batch) & (u < units))[:, None]
     half = tl.arange(0, 2)
-    at = place + (i // UNITS * (PARTS * 2) * units + u)[:, None] + (half * PARTS * units)[None, :]
+    at = statistics_ptr + sample * (PARTS * 2) * units
+    at = at + (i // UNITS * (PARTS * 2) * units + u)[:, None] + (half * PARTS * units)[None, :]
     mean, squares = read_back(at, units, there, 1 << (PART_BITS + UNIT_BITS), PARTS // 2)
     away = tl.sum(mean * (1.0 - 2.0 * half.to(tl.float32))[None, :], 1)
     squares = tl.sum(squares, 1) + away * away * (0.25 * (PARTS << (PART_BITS + UNIT_BITS)))
-    mean = tl.sum(mean, 1) * 0.5 + tl.where(came, 0.0, float("nan"))
+    mean = tl.sum(mean, 1) * 0.5
     return mean.reshape(IMAGES, UNITS), squares.reshape(IMAGES, UNITS)
+
+
+@triton.jit
+def grouped(mean, squares, count: tl.constexpr, LEVELS: tl.constexpr):
+    """`merged` of 2^LEVELS neighbours, where they lie in neighbouring lanes."""
+    sign = 1.0 - 2.0 * tl.arange(0, 2).to(tl.float32)
+    for level in tl.static_range(LEVELS):
+        both = mean.reshape(mean.shape[0], mean.shape[1] // 2, 2)
+        away = tl.sum(both * sign[None, None, :], 2)
+        squares = tl.sum(squares.reshape(both.shape), 2) + away * away * (count * 0.5 * (1 << level))
+        mean = tl.sum(both, 2) * 0.5
+    return mean, squares
 
 
 @triton.jit
@@ -187,8 +210,10 @@ def column_halves(values):
 @triton.jit
 def store_norm(
     values,  # float32 [rows, columns]
-    mean,  # float32 [IMAGES, units]
+    mean,  # float32 [IMAGES, units]; EXCHANGE: of anything
     squares,
+    statistics_ptr,  # as `leave` fills it
+    late,  # 0, or NaN where they are not there
     norm,  # pointers to out, weight, bias, scale and shift; the strides of the last two; eps
     place,  # int32 [rows], from the first sample's beginning
     valid,  # [rows]
@@ -197,24 +222,31 @@ def store_norm(
     start,  # int64, that sample's beginning in `out`
     column,  # the first
     cout,
+    IMAGES: tl.constexpr,
     PIXEL_BITS: tl.constexpr,  # of a sample's output
+    PART_BITS: tl.constexpr,
     UNIT_BITS: tl.constexpr,
     GROUP_BITS: tl.constexpr,
     SCALE: tl.constexpr,
     SILU: tl.constexpr,
+    EXCHANGE: tl.constexpr,
 ):
     """Normalise, and store. 64 columns at once: else their weights and the sums need more than 128 registers."""
     M: tl.constexpr = values.shape[0]
     N: tl.constexpr = values.shape[1]
     GROUP: tl.constexpr = 1 << GROUP_BITS
-    if N > 64 and N > GROUP:
+    if N > 64:
         low, high = column_halves(values)
-        mean_low, mean_high = column_halves(mean)
-        squares_low, squares_high = column_halves(squares)
+        mean_low, mean_high, squares_low, squares_high = mean, mean, squares, squares
+        if not EXCHANGE:
+            mean_low, mean_high = column_halves(mean)
+            squares_low, squares_high = column_halves(squares)
         store_norm(
             low,
             mean_low,
             squares_low,
+            statistics_ptr,
+            late,
             norm,
             place,
             valid,
@@ -223,16 +255,21 @@ def store_norm(
             start,
             column,
             cout,
+            IMAGES,
             PIXEL_BITS,
+            PART_BITS,
             UNIT_BITS,
             GROUP_BITS,
             SCALE,
             SILU,
+            EXCHANGE,
         )
         store_norm(
             high,
             mean_high,
             squares_high,
+            statistics_ptr,
+            late,
             norm,
             place,
             valid,
@@ -241,17 +278,25 @@ def store_norm(
             start,
             column + N // 2,
             cout,
+            IMAGES,
             PIXEL_BITS,
+            PART_BITS,
             UNIT_BITS,
             GROUP_BITS,
             SCALE,
             SILU,
+            EXCHANGE,
         )
     else:
         out_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride, eps = norm
-        IMAGES: tl.constexpr = mean.shape[0]
-        mean, squares = merged(mean, squares, 1 << (PIXEL_BITS + UNIT_BITS), 0, GROUP_BITS - UNIT_BITS)
-        mean, squares = mean.reshape(IMAGES, N // GROUP), squares.reshape(IMAGES, N // GROUP)
+        if EXCHANGE:
+            PARTS: tl.constexpr = 1 << (PIXEL_BITS - PART_BITS)
+            UNITS: tl.constexpr = N >> UNIT_BITS
+            mean, squares = found(
+                statistics_ptr, sample, batch, column, cout, IMAGES, UNITS, PARTS, PART_BITS, UNIT_BITS
+            )
+            mean += late
+        mean, squares = grouped(mean, squares, 1 << (PIXEL_BITS + UNIT_BITS), GROUP_BITS - UNIT_BITS)
         deviation = tl.rsqrt(squares * (1.0 / (1 << (PIXEL_BITS + GROUP_BITS))) + eps)
         n = column + tl.arange(0, N)
         there = n < cout
