@@ -119,15 +119,16 @@ def all_there(counter_ptr, PROGRAMS: tl.constexpr, WAIT: tl.constexpr):
 
 
 @triton.jit
-def read_back(at, step, there, count: tl.constexpr, PARTS: tl.constexpr):
-    """Mean and squares of PARTS parts together, in the order of `merged`, each loaded by the thread that adds it."""
-    if PARTS == 1:
+def read_back(at, units, there, count: tl.constexpr, PARTS: tl.constexpr, LEAVES: tl.constexpr):
+    """Mean and squares of LEAVES parts together, then of the next unit's, in the order of `merged`: all in a thread."""
+    if LEAVES == 1:
         mean = tl.load(at, there, other=0.0)
-        squares = tl.load(at + step, there, other=0.0)
+        squares = tl.load(at + units, there, other=0.0)
     else:
-        HALF: tl.constexpr = PARTS // 2
-        mean, squares = read_back(at, step, there, count, HALF)
-        mean_2, squares_2 = read_back(at + 2 * HALF * step, step, there, count, HALF)
+        HALF: tl.constexpr = LEAVES // 2
+        mean, squares = read_back(at, units, there, count, PARTS, HALF)
+        at = at + (HALF * 2 * units if HALF < PARTS else HALF // PARTS)
+        mean_2, squares_2 = read_back(at, units, there, count, PARTS, HALF)
         mean, squares = together(mean, squares, mean_2, squares_2, count * HALF)
     return mean, squares
 
@@ -165,26 +166,31 @@ def found(
     column,
     cout,
     IMAGES: tl.constexpr,
-    UNITS: tl.constexpr,
+    GROUPS: tl.constexpr,
     PARTS: tl.constexpr,
     PART_BITS: tl.constexpr,
     UNIT_BITS: tl.constexpr,
+    GROUP_BITS: tl.constexpr,
 ):
-    """Mean and squares of UNITS units of whole images, [IMAGES, UNITS]."""
-    # The two halves of the parts lie in neighbouring lanes. Without a sum between threads the compiler would have every
-    # thread load the units of all its columns.
+    """Mean and squares of GROUPS groups of whole images, [IMAGES, GROUPS]."""
+    # The two halves of what is merged lie in neighbouring lanes: without a sum between threads the compiler would have
+    # every thread load the groups of all its columns, and spill.
+    RATIO: tl.constexpr = 1 << (GROUP_BITS - UNIT_BITS)
+    HALF: tl.constexpr = PARTS * RATIO // 2
+    COUNT: tl.constexpr = 1 << (PART_BITS + UNIT_BITS)
     units = cout >> UNIT_BITS
-    i = tl.arange(0, IMAGES * UNITS)
-    u = (column >> UNIT_BITS) + i % UNITS
-    there = ((sample + i // UNITS < batch) & (u < units))[:, None]
+    i = tl.arange(0, IMAGES * GROUPS)
+    u = (column >> UNIT_BITS) + i % GROUPS * RATIO
+    there = ((sample + i // GROUPS < batch) & (u < units))[:, None]
     half = tl.arange(0, 2)
     at = statistics_ptr + sample * (PARTS * 2) * units
-    at = at + (i // UNITS * (PARTS * 2) * units + u)[:, None] + (half * PARTS * units)[None, :]
-    mean, squares = read_back(at, units, there, 1 << (PART_BITS + UNIT_BITS), PARTS // 2)
+    at += (i // GROUPS * (PARTS * 2) * units + u)[:, None]
+    at += (half * (HALF * 2 * units if HALF < PARTS else HALF // PARTS))[None, :]
+    mean, squares = read_back(at, units, there, COUNT, PARTS, HALF)
     away = tl.sum(mean * (1.0 - 2.0 * half.to(tl.float32))[None, :], 1)
-    squares = tl.sum(squares, 1) + away * away * (0.25 * (PARTS << (PART_BITS + UNIT_BITS)))
+    squares = tl.sum(squares, 1) + away * away * (0.5 * COUNT * HALF)
     mean = tl.sum(mean, 1) * 0.5
-    return mean.reshape(IMAGES, UNITS), squares.reshape(IMAGES, UNITS)
+    return mean.reshape(IMAGES, GROUPS), squares.reshape(IMAGES, GROUPS)
 
 
 @triton.jit
@@ -291,12 +297,13 @@ def store_norm(
         out_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride, eps = norm
         if EXCHANGE:
             PARTS: tl.constexpr = 1 << (PIXEL_BITS - PART_BITS)
-            UNITS: tl.constexpr = N >> UNIT_BITS
+            GROUPS: tl.constexpr = N >> GROUP_BITS
             mean, squares = found(
-                statistics_ptr, sample, batch, column, cout, IMAGES, UNITS, PARTS, PART_BITS, UNIT_BITS
+                statistics_ptr, sample, batch, column, cout, IMAGES, GROUPS, PARTS, PART_BITS, UNIT_BITS, GROUP_BITS
             )
             mean += late
-        mean, squares = grouped(mean, squares, 1 << (PIXEL_BITS + UNIT_BITS), GROUP_BITS - UNIT_BITS)
+        else:
+            mean, squares = grouped(mean, squares, 1 << (PIXEL_BITS + UNIT_BITS), GROUP_BITS - UNIT_BITS)
         deviation = tl.rsqrt(squares * (1.0 / (1 << (PIXEL_BITS + GROUP_BITS))) + eps)
         n = column + tl.arange(0, N)
         there = n < cout
