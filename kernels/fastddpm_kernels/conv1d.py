@@ -116,7 +116,7 @@ def finished(
     positions: tl.constexpr = 1 << POSITION_BITS
     c = tile * BLOCK_C + tl.arange(0, BLOCK_C)
     c_valid = c < COUT
-    if NORM and GROUP != padded:
+    if NORM and padded != GROUP:
         inside = c % padded
         c = c // padded * GROUP + inside
         c_valid = (inside < GROUP) & (c < COUT)

@@ -1,4 +1,4 @@
-"""How a 1-D convolution is divided among programs. Nothing here is measured on a GPU: the reasons are what is counted."""
+"""How a 1-D convolution is divided among programs. Not measured on a GPU: the reasons are what is counted."""
 
 from typing import NamedTuple
 

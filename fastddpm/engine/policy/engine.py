@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, Self
 
 import torch
@@ -10,9 +11,10 @@ from torch import Tensor, nn
 
 from ...errors import InputError
 from ..lowering import uses
-from . import on_torch
+from ..plan import Plan
+from . import on_torch, on_triton
 from .film import FilmRows
-from .lowering import operations_of, plan_of
+from .lowering import at_horizon, lower, operations_of, plan_of
 from .network import read
 
 
@@ -30,6 +32,8 @@ class PolicyEngine(nn.Module):
         batch, horizon: trajectories a call and moments a trajectory, for the plan; others are allowed in a call.
         dtype: of weights and activations. Sums, and the FiLM rows, are float32 (float64 in float64).
         steps: how many time steps the model was trained with: their part of FiLM is computed now.
+        kernels: whether to use fastddpm's kernel, else PyTorch's; None: on CUDA, but for float64, and for networks and
+            horizons that it doesn't take.
 
     Raises:
         InputError: for a module of another structure, or with a local condition; another dtype; a horizon that the
@@ -44,6 +48,7 @@ class PolicyEngine(nn.Module):
         horizon: int = 16,
         dtype: torch.dtype = torch.bfloat16,
         steps: int = 100,
+        kernels: bool | None = None,
     ) -> None:
         super().__init__()
         if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
@@ -56,12 +61,15 @@ class PolicyEngine(nn.Module):
         self.channels = first.in_channels
         self.multiple = 2 ** sum(bool(level.resample) for level in network.downs)
         self.check_shape((horizon, self.channels))
-        self.plan = plan_of(network, unet, batch, horizon, dtype.itemsize)
-        lowered = self.plan.lowered
+        lowered = lower(network, unet, horizon)
+        self.plan = plan_of(lowered, batch, dtype.itemsize)
+        self._plan = lru_cache(maxsize=16)(self._planned)  # by batch and horizon; for all threads
+        self._own = self._uses_kernels(kernels, dtype, first.weight.device)
+        maker = on_triton.maker if self._own else on_torch.maker
         with torch.no_grad(), torch.autocast(first.weight.device.type, enabled=False):
             wide = torch.float64 if dtype == torch.float64 else torch.float32
             self.film = FilmRows(unet, lowered, steps, wide)
-            self._runs = [on_torch.maker(operation, unet, dtype) for operation in operations_of(self.plan)]
+            self._runs: list[Any] = [maker(operation, unet, dtype) for operation in operations_of(self.plan.lowered)]
         self.dtype_ = nn.Parameter(torch.empty(0, dtype=dtype, device=first.weight.device), requires_grad=False)
         self._dies = {value.index: last for value, _, last in uses(lowered)}
 
@@ -120,15 +128,54 @@ class PolicyEngine(nn.Module):
     def _run(self, x: Tensor, t: Tensor | float, observation: Tensor | None) -> Tensor:
         rows = self.film.time(len(x), t)
         rows = rows if observation is None else rows + observation
+        x = x.to(self.dtype).contiguous()[:, None]
+        return self._by_kernels(x, rows)[:, 0] if self._own else self._by_torch(x, rows)[:, 0]
+
+    def _by_torch(self, x: Tensor, rows: Tensor) -> Tensor:
         lowered = self.plan.lowered
-        values = {lowered.given.index: x.to(self.dtype).contiguous()[:, None].permute(0, 3, 1, 2)}
-        for at, (operation, run) in enumerate(zip(operations_of(self.plan), self._runs, strict=True)):
+        values = {lowered.given.index: x.permute(0, 3, 1, 2)}
+        for at, (operation, run) in enumerate(zip(operations_of(self.plan.lowered), self._runs, strict=True)):
             residual = None if operation.residual is None else values[operation.residual.index]
             values[operation.out.index] = run([values[v.index] for v in operation.sources], rows, residual)
             for value in operation.reads:
                 if self._dies.get(value.index) == at:
                     del values[value.index]
-        return values[lowered.out.index].permute(0, 2, 3, 1)[:, 0].contiguous()
+        return values[lowered.out.index].permute(0, 2, 3, 1).contiguous()
+
+    def _by_kernels(self, x: Tensor, rows: Tensor) -> Tensor:
+        """All memory is this call's own, from torch's allocator: two streams or threads never share it."""
+        plan, partials, counts = self._plan(len(x), x.shape[2])
+        block = torch.empty(plan.memory // plan.width, dtype=self.dtype, device=x.device)
+        partial = torch.empty(partials, dtype=torch.float32, device=x.device)
+        counters = torch.zeros(counts[-1].stop, dtype=torch.int32, device=x.device)
+        lowered = plan.lowered
+        values = {lowered.given.index: x}
+        for operation, run, count in zip(operations_of(plan.lowered), self._runs, counts, strict=True):
+            value = operation.out
+            shape = (len(x), 1, value.width, value.channels)
+            strides = (value.elements, value.elements, value.channels, 1)
+            out = block.as_strided(shape, strides, plan.offsets[value.index] // plan.width)
+            if value == lowered.out:
+                out = torch.empty(shape, dtype=self.dtype, device=x.device)
+            values[value.index] = out
+            residual = None if operation.residual is None else values[operation.residual.index]
+            run(out, [values[v.index] for v in operation.sources], rows, residual, partial, counters[count])
+        return values[lowered.out.index]
+
+    def _planned(self, batch: int, horizon: int) -> tuple[Plan, int, list[slice]]:
+        """The plan for a call, elements of its partial sums, and each operation's counters."""
+        plan = plan_of(at_horizon(self.plan.lowered, horizon), batch, self.dtype.itemsize)
+        if not all(on_triton.fits(operation) for operation in operations_of(plan.lowered)):
+            raise InputError(f"the kernel doesn't take horizon {horizon}: compile with kernels=False")
+        return plan, *on_triton.scratch_of(plan, self.dtype)
+
+    def _uses_kernels(self, asked: bool | None, dtype: torch.dtype, device: torch.device) -> bool:
+        able = dtype != torch.float64 and all(
+            on_triton.fits(operation) for operation in operations_of(self.plan.lowered)
+        )
+        if asked and not able:
+            raise InputError("the kernel takes no torch.float64, horizon over 64 or group over 128: leave kernels out")
+        return able and device.type == "cuda" if asked is None else asked
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Refuse another device or dtype: the operations hold weights that were laid out for these."""

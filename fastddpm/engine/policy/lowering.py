@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -51,17 +51,30 @@ class Conv1d(Operation):
         return ", ".join(words)
 
 
-def plan_of(network: Network, module: nn.Module, batch: int, horizon: int, element_bytes: int) -> Plan:
-    """The plan for trajectories of this length, which the network must take; values in one block, by liveness."""
-    lowered = lower(network, module, horizon)
+def plan_of(lowered: Lowered, batch: int, element_bytes: int) -> Plan:
+    """The plan of these operations: values in one block, by liveness."""
     placed = _placed(lowered, batch * element_bytes)
     memory = max(offset + _size(value, batch * element_bytes) for value, offset in placed.items())
     return Plan(lowered, batch, element_bytes, {value.index: offset for value, offset in placed.items()}, memory)
 
 
-def operations_of(plan: Plan) -> list[Conv1d]:
-    """The plan's operations, which are all convolutions."""
-    return [operation for operation in plan.lowered.operations if isinstance(operation, Conv1d)]
+def at_horizon(lowered: Lowered, horizon: int) -> Lowered:
+    """The same operations for trajectories of another length, which the network must take."""
+
+    def there(value: Value) -> Value:
+        return replace(value, width=value.width * horizon // lowered.given.width)
+
+    made = Lowered(there(lowered.given), [], lowered.time_names)
+    for operation in operations_of(lowered):
+        sources = tuple(there(value) for value in operation.sources)
+        residual = None if operation.residual is None else there(operation.residual)
+        made.operations.append(replace(operation, sources=sources, out=there(operation.out), residual=residual))
+    return made
+
+
+def operations_of(lowered: Lowered) -> list[Conv1d]:
+    """The operations, which are all convolutions."""
+    return [operation for operation in lowered.operations if isinstance(operation, Conv1d)]
 
 
 def lower(network: Network, module: nn.Module, horizon: int) -> Lowered:
