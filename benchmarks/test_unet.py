@@ -26,7 +26,7 @@ from torch import Tensor
 from benchmarks import cold_start, gpu_facts, unet_race, unet_results
 from benchmarks.measure import Interleaved, machine, table
 from benchmarks.unet_networks import CIFAR
-from benchmarks.unet_race import WHOLE, UNetRace, flops_of, rms, setting_of
+from benchmarks.unet_race import WHOLE, UNetRace, flops_of, measured, rms, setting_of
 from fastddpm import engine
 from fastddpm.unet import UNet
 
@@ -69,9 +69,9 @@ def test_forward(batch: int, benchmark: BenchmarkFixture, capsys: pytest.Capture
         eager = max(errors[f"diffusers {name}"], errors[f"diffusers {name} channels_last"])
         assert errors[f"engine {name}"] <= 2 * eager, f"engine {name}: {errors}"
 
-    measured = Interleaved(calls)
-    benchmark.pedantic(measured, rounds=ROUNDS, iterations=1, warmup_rounds=0)
-    times = {name: taken.median_cpu for name, taken in measured.times.items()}
+    turns = Interleaved(calls)
+    benchmark.pedantic(turns, rounds=ROUNDS, iterations=1, warmup_rounds=0)
+    times = {name: taken.median_cpu for name, taken in turns.times.items()}
     rows = {}
     for name, seconds in times.items():
         peers = [
@@ -99,18 +99,19 @@ class Steps:
         self.matmul = gpu_facts.matmul_rate(DEVICE)
         self.best_flags: str | None = None
         self.record = unet_results.header("unet") | {"flops_an_image": self.flops, "matmul_tflops": self.matmul * 1e-12}
-        self.record |= {"batches": []}
+        self.record["batches"] = {}
 
     def measure(self, batch: int, seconds: float) -> dict[str, Any]:
-        """A batch; a half of the time is for the compiler's flags."""
-        race = UNetRace(setting_of(CIFAR, batch, DEVICE))
-        race.make()
-        race.make_whole(seconds / 2, self.best_flags, most=int(os.environ.get("FLAGS", "8")))
+        """A batch: its figures, which are also written, before the compilers begin and at the end."""
+
+        def keep(made: dict[str, Any]) -> None:
+            self.record["batches"][str(batch)] = made
+            unet_results.write(self.record)
+
+        race, most = UNetRace(setting_of(CIFAR, batch, DEVICE)), int(os.environ.get("FLAGS", "8"))
+        made = measured(race, self.flops, self.matmul, keep, seconds=seconds, first=self.best_flags, most=most)
         if WHOLE in race.ready:
             self.best_flags = race.made[WHOLE]["flags"]
-        made = race.record(self.flops, self.matmul)
-        self.record["batches"].append(made)
-        unet_results.write(self.record)
         torch._dynamo.reset()
         return made
 
@@ -120,6 +121,7 @@ def steps() -> Steps:
     # what all contenders of float32 have on; those of bfloat16 don't mind
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
+    torch._dynamo.config.recompile_limit = 64  # C2's flags are of one function
     return Steps()
 
 

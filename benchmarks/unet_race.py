@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from fastddpm.unet import UNet
 from fastddpm.unet_config import UNetConfig
 
 YARDSTICK = "E bfloat16"
-WHOLE = "C2"
+DOCUMENTED, WHOLE = "C1", "C2"
 Makers = Mapping[str, Callable[[], Contender]]
 
 
@@ -68,10 +68,10 @@ class UNetRace:
         self.made: dict[str, dict[str, Any]] = {}
         self.flags: dict[str, float | str] = {}
 
-    def make(self) -> None:
-        """All but C2."""
-        for name, maker in self.makers.items():
-            self._add(name, maker)
+    def make(self, names: Iterable[str] | None = None) -> None:
+        """These of the makers; None: all. C2 is apart."""
+        for name in self.makers if names is None else names:
+            self._add(name, self.makers[name])
 
     def make_whole(
         self,
@@ -145,6 +145,13 @@ class UNetRace:
         self.waited(contender)()
         return time.perf_counter() - begin
 
+    def _kernels(self, name: str) -> float | None:
+        """Of a step; None where the profiler can't say."""
+        try:
+            return counts.launches(self.ready[name].run) / self.setting.steps or None
+        except Exception:  # such as a machine whose counters are not allowed to be read
+            return None
+
     def waited(self, contender: Contender) -> Callable[[], None]:
         """A run, and the wait for it."""
 
@@ -155,13 +162,17 @@ class UNetRace:
 
         return run
 
-    def record(self, flops: int, matmul: float | None, rounds: int = ROUNDS) -> dict[str, Any]:
+    def record(
+        self, flops: int, matmul: float | None, rounds: int = ROUNDS, count: bool | None = None
+    ) -> dict[str, Any]:
         """Time all that are ready, in turn; returns the figures of all.
 
         Args:
             flops: of an image's forward.
             matmul: FLOP/s of a bfloat16 product of this GPU.
+            count: whether to count the kernels of a step; None: on a GPU.
         """
+        count = self.setting.cuda if count is None else count
         turns = Interleaved({name: self.waited(contender) for name, contender in self.ready.items()})
         for _ in range(rounds):
             turns()
@@ -178,7 +189,7 @@ class UNetRace:
                 "images_per_s_50_steps": batch / (50 * step),
                 "tflops": rate * 1e-12,
                 "of_matmul": None if matmul is None else rate / matmul,
-                "kernels_step": counts.launches(self.ready[name].run) / steps if self.setting.cuda else None,
+                "kernels_step": self._kernels(name) if count else None,
             }
         return {
             "batch": self.setting.batch,
@@ -187,6 +198,33 @@ class UNetRace:
             "contenders": made,
             "c2_flags": self.flags,
         }
+
+
+def measured(
+    race: UNetRace,
+    flops: int,
+    matmul: float | None,
+    keep: Callable[[dict[str, Any]], None],
+    *,
+    seconds: float,
+    first: str | None = None,
+    most: int = len(FLAGS),
+    maker: Callable[[str], Contender] | None = None,
+) -> dict[str, Any]:
+    """Make and time a batch; `keep` is given the figures twice: without the compiled ones, which may take too long.
+
+    Args:
+        seconds: half of them are for what is made; the flags of C2 have what is left of that.
+        first, most, maker: as in `make_whole`.
+    """
+    end = time.monotonic() + seconds / 2
+    race.make(name for name in race.makers if name != DOCUMENTED)
+    keep(race.record(flops, matmul, count=False))
+    race.make(name for name in race.makers if name == DOCUMENTED)
+    race.make_whole(end - time.monotonic(), first, maker, most)
+    made = race.record(flops, matmul)
+    keep(made)
+    return made
 
 
 def _quantiles(times: Any) -> tuple[float, float, float]:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from benchmarks import unet_contenders, unet_race
+from benchmarks import race as race_module
+from benchmarks import test_unet, unet_contenders, unet_race
 from benchmarks.measure import table
 from benchmarks.unet_contenders import FLAGS, Documented, Eager, Ours, Setting, Whole
 from benchmarks.unet_networks import CIFAR, SMALL
@@ -222,3 +224,119 @@ def test_capture_warms_up_from_the_first_row(setting: Setting, monkeypatch: pyte
         whole.prepare()
     assert seen == [0]
     assert int(whole.cursor) == setting.steps
+
+
+def test_the_figures_are_kept_before_the_compilers_begin(setting: Setting) -> None:
+    order: list[str] = []
+
+    def made(name: str, seconds: float = 0.0) -> Fake:
+        order.append(name)
+        return Fake(setting, 0.01, seconds)
+
+    makers = {name: lambda name=name: made(name) for name in ("E bfloat16", "C1", "ours")}
+    kept: list[dict[str, Any]] = []
+
+    def keep(record: dict[str, Any]) -> None:
+        order.append("kept")
+        kept.append(record)
+
+    race = UNetRace(setting, makers)
+    returned = unet_race.measured(race, 1, None, keep, seconds=60.0, first="trees", most=2, maker=made)
+    assert order == ["E bfloat16", "ours", "kept", "C1", "trees", "max-autotune", "kept"]
+    assert [set(record["contenders"]) for record in kept] == [
+        {"E bfloat16", "ours"},
+        {"E bfloat16", "ours", "C1", "C2"},
+    ]
+    assert returned is kept[1]
+    order.clear()
+    unet_race.measured(UNetRace(setting, makers), 1, None, keep, seconds=-1.0, maker=made)
+    assert order[-2:] == ["max-autotune", "kept"]  # one of the flags is tried whatever it takes
+
+
+@torch.no_grad()
+def test_the_replayed_network_reads_its_inputs(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    def graphed(call: Callable[[], None]) -> Callable[[], None]:
+        call()
+        return call
+
+    monkeypatch.setattr(unet_contenders, "graphed", graphed)
+    replayed = unet_contenders.Graph(setting, torch.bfloat16, torch.channels_last)
+    eager = Eager(setting, torch.bfloat16, torch.channels_last)
+    replayed.prepare()
+    given = setting.x.bfloat16().contiguous(memory_format=torch.channels_last)
+    for t in (setting.t, 3):
+        assert torch.equal(replayed.call(given, torch.tensor(t)), eager.call(given, torch.tensor(t)))
+    assert replayed.run().isfinite().all()
+
+
+def test_a_graph_is_warmed_up_elsewhere_and_captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+
+    class Scope:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __enter__(self) -> None:
+            log.append(self.name)
+
+        def __exit__(self, *_: object) -> None:
+            log.append(f"end of {self.name}")
+
+    other = SimpleNamespace(wait_stream=lambda stream: log.append("other waits"))
+    current = SimpleNamespace(wait_stream=lambda stream: log.append("current waits"))
+    made = SimpleNamespace(replay=lambda: log.append("replay"))
+    for name, value in dict(
+        Stream=lambda: other,
+        current_stream=lambda: current,
+        stream=lambda stream: Scope("other stream"),
+        synchronize=lambda: log.append("synchronize"),
+        CUDAGraph=lambda: made,
+        graph=lambda graph: Scope("capture"),
+    ).items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    replay = race_module.graphed(lambda: log.append("call"), warmups=2)
+    replay()
+    assert log == [
+        *("other waits", "other stream", "call", "call", "end of other stream", "current waits", "synchronize"),
+        *("capture", "call", "end of capture", "replay"),
+    ]
+
+
+def test_kernels_are_counted_a_step(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    race = UNetRace(setting, {"E bfloat16": lambda: Fake(setting)})
+    race.make()
+    monkeypatch.setattr(unet_race.counts, "launches", lambda call: 35)
+    assert race.record(1, None, 1, count=True)["contenders"]["E bfloat16"]["kernels_step"] == 7.0
+    monkeypatch.setattr(unet_race.counts, "launches", lambda call: broken())
+    assert race.record(1, None, 1, count=True)["contenders"]["E bfloat16"]["kernels_step"] is None
+
+
+@torch.no_grad()
+def test_the_file_of_all_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU's run does, on a CPU with a small network and no compiler."""
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setenv("FLAGS", "2")
+    monkeypatch.setattr(torch, "compile", uncompiled)
+    monkeypatch.setattr(unet_contenders, "graphed", lambda call, warmups=1: (call(), call)[1])
+    monkeypatch.setattr(test_unet, "CIFAR", SMALL)
+    monkeypatch.setattr(test_unet, "setting_of", lambda config, batch, device: setting_of(config, batch, CPU, steps=10))
+    monkeypatch.setattr(unet_race, "ROUNDS", 1)
+    steps = test_unet.Steps()
+    for batch in (1, 2):
+        steps.measure(batch, 60.0)
+    (path,) = tmp_path.iterdir()
+    record = json.loads(path.read_text())
+    assert (record["kind"], record["format"], list(record["batches"])) == ("unet", 1, ["1", "2"])
+    assert record["flops_an_image"] == flops_of(SMALL)
+    assert record["matmul_tflops"] > 0
+    for batch, made in record["batches"].items():
+        contenders = made["contenders"]
+        assert set(contenders) == {"E bfloat16", "E tf32", "G bfloat16", "ours", "ours, PyTorch's kernels", "C1", "C2"}
+        timed = {name for name, c in contenders.items() if "failed" not in c}
+        assert timed == set(contenders), contenders
+        assert made["batch"] == int(batch)
+        assert [v == "not tried" for v in made["c2_flags"].values()].count(False) == 2
+        for c in contenders.values():
+            assert c["error"] < 0.02
+            assert c["ms_step"]["median"] > 0
+    assert steps.best_flags in FLAGS
