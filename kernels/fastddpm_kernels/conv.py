@@ -94,7 +94,8 @@ def conv_kernel(
     ROW: tl.constexpr,
     RESIDUAL: tl.constexpr,
     SCALED: tl.constexpr,
-    ONE_SAMPLE: tl.constexpr,
+    ONE_SAMPLE: tl.constexpr,  # no tile has pixels of two
+    FULL_COUT: tl.constexpr,
     RAW: tl.constexpr,  # whether `out` is wanted
     NORMS: tl.constexpr,
     PIXEL_BITS: tl.constexpr,  # of a sample's output, 2^PIXEL_BITS where there are norms
@@ -140,6 +141,11 @@ def conv_kernel(
     x = r - behind * pixels - y * wide
 
     n = column + tl.arange(0, BLOCK_N)
+    valid, there = r < rows, n < cout
+    if ONE_SAMPLE:
+        valid = tl.full((BLOCK_M,), True, tl.int1)
+    if FULL_COUT:
+        there = tl.full((BLOCK_N,), True, tl.int1)
     to, out_pixels = r, pixels
     if UP:
         to = (behind * (2 * tall) + 2 * y + py) * (2 * wide) + 2 * x + px
@@ -152,12 +158,12 @@ def conv_kernel(
         sample,
         behind,
         to,
-        r < rows,
+        valid,
         n,
+        there & (segment == 0) if SPLIT else there,
         out_pixels,
         cout,
         row_units * COUT_UNIT,
-        segment == 0,
         BIAS,
         ROW,
         RESIDUAL,
@@ -175,7 +181,7 @@ def conv_kernel(
         inside |= ((ty >= 0) & (ty < height) & (tx >= 0) & (tx < width)).to(tl.int32) << tap
     if SHORTCUT:
         inside |= 1 << (KERNEL * KERNEL)
-    inside = tl.where(r < rows, inside, 0)
+    inside = tl.where(valid, inside, 0)
     from_pixel = (behind * height + top) * width + left
 
     at = sample * height * width
@@ -248,7 +254,7 @@ def conv_kernel(
         begins = sample * out_pixels * cout
         if RAW:
             place = out_ptr + begins + ((to * cout)[:, None] + n[None, :])
-            tl.store(place, total.to(out_ptr.dtype.element_ty), (r < rows)[:, None] & (n < cout)[None, :])
+            tl.store(place, total.to(out_ptr.dtype.element_ty), valid[:, None] & there[None, :])
         if NORMS > 0:
             PARTS: tl.constexpr = 1 << (PIXEL_BITS - PART_BITS)  # of a sample
             IMAGES: tl.constexpr = (BLOCK_M * PHASES + (1 << PIXEL_BITS) - 1) >> PIXEL_BITS  # in a tile
@@ -281,7 +287,7 @@ def conv_kernel(
                     norm_eps,
                 ),
                 to * cout,
-                r < rows,
+                valid,
                 sample,
                 batch,
                 begins,
@@ -295,6 +301,7 @@ def conv_kernel(
                 SCALE,
                 SILU,
                 EXCHANGE,
+                FULL_COUT,
             )
             if NORMS > 1:
                 store_norm(
@@ -314,7 +321,7 @@ def conv_kernel(
                         other_eps,
                     ),
                     to * cout,
-                    r < rows,
+                    valid,
                     sample,
                     batch,
                     begins,
@@ -328,6 +335,7 @@ def conv_kernel(
                     OTHER_SCALE,
                     OTHER_SILU,
                     EXCHANGE,
+                    FULL_COUT,
                 )
 
 
@@ -474,6 +482,7 @@ def launch_conv(
             SEGMENTS=segments,
             SPLIT=split,
             ONE_SAMPLE=pixels % tile.m == 0,
+            FULL_COUT=cout % tile.n == 0,
             WIDE=interpreted and x.dtype == torch.bfloat16,
             COLUMN_BITS=tile.n.bit_length() - 1,
             BLOCK_M=tile.m,

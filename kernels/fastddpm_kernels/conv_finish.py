@@ -236,6 +236,7 @@ def store_norm(
     SCALE: tl.constexpr,
     SILU: tl.constexpr,
     EXCHANGE: tl.constexpr,
+    FULL_COUT: tl.constexpr,  # all columns are there
 ):
     """Normalise, and store. 64 columns at once: else their weights and the sums need more than 128 registers."""
     M: tl.constexpr = values.shape[0]
@@ -269,6 +270,7 @@ def store_norm(
             SCALE,
             SILU,
             EXCHANGE,
+            FULL_COUT,
         )
         store_norm(
             high,
@@ -292,6 +294,7 @@ def store_norm(
             SCALE,
             SILU,
             EXCHANGE,
+            FULL_COUT,
         )
     else:
         out_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, scale_stride, shift_stride, eps = norm
@@ -306,7 +309,7 @@ def store_norm(
             mean, squares = grouped(mean, squares, 1 << (PIXEL_BITS + UNIT_BITS), GROUP_BITS - UNIT_BITS)
         deviation = tl.rsqrt(squares * (1.0 / (1 << (PIXEL_BITS + GROUP_BITS))) + eps)
         n = column + tl.arange(0, N)
-        there = n < cout
+        there = tl.full((N,), True, tl.int1) if FULL_COUT else n < cout
         a = tl.load(weight_ptr + n, there, other=0.0)[None, :]
         b = tl.load(bias_ptr + n, there, other=0.0)[None, :]
         if SCALE:

@@ -20,10 +20,10 @@ def begin(
     pixel,  # [BLOCK_M], in the output, counted from the first sample's beginning
     valid,  # [BLOCK_M]
     n,  # [BLOCK_N]
+    there,  # [BLOCK_N], else zeros
     out_pixels,  # of a sample
     cout,
     apart,  # from a sample's row to the next one's
-    wanted,  # else zeros
     BIAS: tl.constexpr,
     ROW: tl.constexpr,
     RESIDUAL: tl.constexpr,
@@ -32,15 +32,14 @@ def begin(
     BLOCK_N: tl.constexpr,
 ):
     """(bias + row) + residual, where the sum begins: after it they would need registers beside it, and spill."""
-    inside = (n < cout) & wanted
-    keep = valid[:, None] & inside[None, :]
+    keep = valid[:, None] & there[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if BIAS:
-        acc += tl.load(bias_ptr + n, inside, other=0.0)[None, :]
+        acc += tl.load(bias_ptr + n, there, other=0.0)[None, :]
     if ROW:
         row = row_ptr + sample * apart
         if ONE_SAMPLE:
-            acc += tl.load(row + n, inside, other=0.0)[None, :]
+            acc += tl.load(row + n, there, other=0.0)[None, :]
         else:
             acc += tl.load(row + (behind * apart)[:, None] + n[None, :], keep, other=0.0)
     if RESIDUAL:
