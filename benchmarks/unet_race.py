@@ -163,16 +163,17 @@ class UNetRace:
         return run
 
     def record(
-        self, flops: int, matmul: float | None, rounds: int = ROUNDS, count: bool | None = None
+        self, flops: int, matmul: float | None, rounds: int | None = None, count: bool | None = None
     ) -> dict[str, Any]:
         """Time all that are ready, in turn; returns the figures of all.
 
         Args:
             flops: of an image's forward.
             matmul: FLOP/s of a bfloat16 product of this GPU.
+            rounds: of the timing; None: `ROUNDS`.
             count: whether to count the kernels of a step; None: on a GPU.
         """
-        count = self.setting.cuda if count is None else count
+        count, rounds = self.setting.cuda if count is None else count, rounds or ROUNDS
         turns = Interleaved({name: self.waited(contender) for name, contender in self.ready.items()})
         for _ in range(rounds):
             turns()

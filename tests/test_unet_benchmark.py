@@ -319,7 +319,7 @@ def test_the_file_of_all_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch, "compile", uncompiled)
     monkeypatch.setattr(unet_contenders, "graphed", lambda call, warmups=1: (call(), call)[1])
     monkeypatch.setattr(test_unet, "CIFAR", SMALL)
-    monkeypatch.setattr(test_unet, "setting_of", lambda config, batch, device: setting_of(config, batch, CPU, steps=10))
+    monkeypatch.setattr(test_unet, "setting_of", lambda config, batch, device: setting_of(config, batch, CPU, steps=2))
     monkeypatch.setattr(unet_race, "ROUNDS", 1)
     steps = test_unet.Steps()
     for batch in (1, 2):
