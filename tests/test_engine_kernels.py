@@ -33,6 +33,7 @@ CONFIGS = {
         in_channels=1,
         out_channels=2,
     ),
+    "statistics from program to program": UNetConfig(**SMALL | PLAIN | {"sample_size": 16, "add_attention": False}),
 }
 
 
@@ -46,7 +47,8 @@ def made(config: UNetConfig) -> UNet:
 
 
 def inputs(config: UNetConfig, batch: int = 2):
-    x = torch.randn(batch, config.in_channels, 8, 8, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    size = config.sample_size
+    x = torch.randn(batch, config.in_channels, size, size, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     labels = None if config.num_class_embeds is None else (torch.arange(batch) % 3).to(DEVICE)
     return x, torch.tensor([999, 3, 500], device=DEVICE)[:batch], labels
 
