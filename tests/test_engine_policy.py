@@ -280,3 +280,56 @@ def test_the_policy_front_over_it():
     )
     assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
     assert torch.equal(once, ours)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("lerobot, scale", [(False, True), (True, False)])
+def test_by_the_kernel(dtype, lerobot, scale):
+    net = made(**SMALL, lerobot=lerobot, scale=scale)
+    engine = PolicyEngine(net, horizon=8, dtype=dtype, kernels=True)
+    for horizon, batch in ((8, 3), (10, 2)):
+        x, t, cond = given(net, batch, horizon)
+        truth = exact(net, x, t, cond)
+        eager = copy.deepcopy(net).to(dtype)(x.to(dtype), t, global_cond=cond.to(dtype))
+        fast = engine(x, t, global_cond=cond)
+        assert fast.dtype == dtype
+        assert fast.is_contiguous()
+        # Triton's interpreter truncates to bfloat16: a whole ulp at each store, where eager rounds.
+        truncated = 2 if dtype == torch.bfloat16 else 1
+        assert rms(fast - truth) <= 2 * truncated * rms(eager - truth) + 5e-7
+        assert torch.equal(engine.condition(cond)(x, t), fast)
+
+
+def test_by_the_kernel_a_trajectory_depends_neither_on_its_slot_nor_on_the_batch():
+    net = made(**SMALL)
+    engine = PolicyEngine(net, horizon=8, kernels=True)
+    x, t, cond = given(net)
+    whole = engine(x, t, global_cond=cond)
+    order = [2, 0]
+    assert torch.equal(engine(x[order], t[order], global_cond=cond[order]), whole[order])
+    assert torch.equal(engine(x, t, global_cond=cond), whole)
+
+
+def test_what_the_kernel_does_not_take():
+    net = made(**SMALL)
+    x, t, cond = given(net, 1, 66)
+    with pytest.raises(InputError, match="horizon 66: compile with kernels=False"):
+        PolicyEngine(net, horizon=8, kernels=True)(x, t, global_cond=cond)
+    for options in (dict(horizon=66), dict(horizon=8, dtype=torch.float64)):
+        with pytest.raises(InputError, match=r"the kernel takes no torch\.float64, horizon over 64"):
+            PolicyEngine(net, kernels=True, **options)
+        assert not PolicyEngine(net, **options)._own
+    PolicyEngine(net, horizon=66)(x, t, global_cond=cond)
+
+
+@pytest.mark.gpu
+def test_a_graph_of_it_sees_the_next_observation():
+    net = made(**SMALL).cuda()
+    table = solvers.ddim(NoiseSchedule.linear(100), 5)
+    cond = given(net)[2].cuda()
+    model = PolicyEngine(net, horizon=8, dtype=torch.float32).condition(cond)
+    sampler = Sampler(model, table, graph=True)
+    for _ in range(3):
+        eager = Sampler(model, table, graph=False).sample((3, 8, 2), seeds=1)
+        assert torch.equal(sampler.sample((3, 8, 2), seeds=1), eager)
+        model.observe(cond.normal_())

@@ -165,14 +165,12 @@ class PolicyEngine(nn.Module):
     def _planned(self, batch: int, horizon: int) -> tuple[Plan, int, list[slice]]:
         """The plan for a call, elements of its partial sums, and each operation's counters."""
         plan = plan_of(at_horizon(self.plan.lowered, horizon), batch, self.dtype.itemsize)
-        if not all(on_triton.fits(operation) for operation in operations_of(plan.lowered)):
+        if not all(map(on_triton.fits, operations_of(plan.lowered))):
             raise InputError(f"the kernel doesn't take horizon {horizon}: compile with kernels=False")
         return plan, *on_triton.scratch_of(plan, self.dtype)
 
     def _uses_kernels(self, asked: bool | None, dtype: torch.dtype, device: torch.device) -> bool:
-        able = dtype != torch.float64 and all(
-            on_triton.fits(operation) for operation in operations_of(self.plan.lowered)
-        )
+        able = dtype != torch.float64 and all(map(on_triton.fits, operations_of(self.plan.lowered)))
         if asked and not able:
             raise InputError("the kernel takes no torch.float64, horizon over 64 or group over 128: leave kernels out")
         return able and device.type == "cuda" if asked is None else asked
