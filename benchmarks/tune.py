@@ -124,6 +124,11 @@ def _refused(problem: Problem, first: Sequence[torch.Tensor], tile: Tile | None,
     return None if same else "its bits are not those of the rule's tile"
 
 
+def here() -> torch.device:
+    """The GPU; the CPU, in tests."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def calls_in_a_row(shape: ConvShape, batch: int) -> int:
     """How many calls make one timing."""
     return int(min(40, max(4, CALLS_FLOPS // (flops(shape) * batch))))
@@ -142,8 +147,7 @@ def tune(
     shapes: Sequence[ConvShape], batches: Sequence[int], most: int, seconds: float, path: Path, timed: Race = race
 ) -> int:
     """Measure, adding to the table at `path` after each shape; returns how many there was no time for."""
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    end = time.monotonic() + seconds
+    device, end = here(), time.monotonic() + seconds
     for at, shape in enumerate(shapes):
         measured: dict[str, Any] = {}
         for batch in batches:
@@ -183,7 +187,7 @@ def compile_part(shapes: Sequence[ConvShape], part: str, most: int) -> None:
     """One of those processes: run each candidate of its shapes once."""
     first, of = (int(word) for word in part.split("/"))
     for shape in shapes[first::of]:
-        problem = Problem(shape, 1, torch.device("cuda", torch.cuda.current_device()), sets=1)
+        problem = Problem(shape, 1, here(), sets=1)
         for tile, split in candidates(shape, most).values():
             _refused(problem, problem.own(), tile, split)
 

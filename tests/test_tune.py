@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -229,6 +230,38 @@ def test_a_table_grows_by_the_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert said.err.count("16, 3x3, batch 1: left out: ZeroDivisionError") == 1
     assert "ours 3.0 us (" in said.out
     assert tune.tune([SMALL, HALF], [1], 1, -1.0, path) == 2
+
+
+def test_compiling_processes_share_all_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = [HALF._replace(height=h) for h in (1, 2, 4, 8, 16)]
+    seen: list[Any] = []
+    monkeypatch.setattr(tune, "Problem", lambda shape, *_, **__: SimpleNamespace(shape=shape, own=list))
+    monkeypatch.setattr(tune, "_refused", lambda problem, *given: seen.append((problem.shape, *given[1:])))
+    for part in ("0/2", "1/2"):
+        tune.compile_part(shapes, part, 3)
+    expected = [(shape, *given) for shape in shapes for given in tune.candidates(shape, 3).values()]
+    assert sorted(seen, key=str) == sorted(expected, key=str)
+
+
+def test_compiling_processes_end_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+
+    class Process:
+        def __init__(self, words: list[str], **_: Any) -> None:
+            log.append(" ".join(words[-4:]))
+            self.late = words[-1] == "1/2"
+
+        def wait(self, limit: float | None = None) -> None:
+            if self.late and limit is not None:
+                raise tune.subprocess.TimeoutExpired("x", limit)
+            log.append("waited")
+
+        def kill(self) -> None:
+            log.append("killed")
+
+    monkeypatch.setattr(tune.subprocess, "Popen", Process)
+    tune.compile_ahead(["--tiles", "3"], 2, 0.0)
+    assert log == ["--tiles 3 --part 0/2", "--tiles 3 --part 1/2", "waited", "killed", "waited"]
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
