@@ -405,7 +405,7 @@ def launch_conv(
     if tile is None:
         # Segments have a second total; norms need registers; and a 1x1 convolution is over too soon.
         most = 64 * 64 if segments > 1 else 128 * 128 if norms or kernel == 1 else 128 * 256
-        spare = residual is None and not norms and not flat
+        spare = len(norms) > 0 or (residual is None and not flat)
         tile = tile_of(
             batch * pixels,
             cout,
