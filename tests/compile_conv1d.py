@@ -5,7 +5,9 @@ Run by test_conv1d_codegen.py in a process of its own, since the tests' process 
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -33,6 +35,7 @@ SHAPES: dict[str, tuple[int, int, tuple[int, ...], int, int, dict[str, Any]]] = 
     "last": (1, 16, (256,), 2, 1, dict(norm=False)),
     "batch-64-film-16": (64, 16, (256,), 256, 5, dict(film=True)),
     "batch-64-residual-4": (64, 4, (1024,), 1024, 5, dict(residual=True)),
+    "batch-256-film-16": (256, 16, (256,), 256, 5, dict(film=True)),
 }
 
 
@@ -52,13 +55,21 @@ def launches(name: str) -> list[Any]:
     return launched(conv1d, conv1d.launch_conv1d, zeros(batch, length, sources[0]), packed, wide, out, **more)
 
 
+def protocol(ptx: str) -> list[str]:
+    """Global stores and loads, barriers and the atomic, in the order of the code, from the last product on."""
+    kinds = r"(st\.global|ld\.global\.cg|ld\.global|bar\.sync|bar\.warp\.sync|atom[.\w]*|membar[.\w]*|fence[.\w]*)"
+    found = re.findall(rf"^\s*(?:@%p\d+\s+)?{kinds}", ptx, re.MULTILINE)
+    return [kind for kind, _ in itertools.groupby(found)]
+
+
 def main() -> None:
     names = sys.argv[1:] or list(SHAPES)
     jobs = [(f"{name}-sm{sm}", sm, *launches(name)[0]) for name in names for sm in TARGETS]
 
     def build(job: tuple[str, int, Any, dict[str, Any]]) -> tuple[str, dict[str, Any]]:
         name, sm, source, options = job
-        return name, inspect(triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options), options)
+        compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
+        return name, inspect(compiled, options) | {"protocol": protocol(compiled.asm["ptx"])}
 
     with ThreadPoolExecutor(2) as pool:
         json.dump(dict(pool.map(build, jobs)), sys.stdout, indent=1)
