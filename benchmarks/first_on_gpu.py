@@ -93,7 +93,7 @@ STEPS = (
     Step("normal", "our normals against float64", (*FACT, "normal"), 1.0),
     Step("gaps", "microseconds a node of a CUDA graph", (*FACT, "gaps"), 1.0),
     Step("policy", "Diffusion Policy's network", (*PYTEST, POLICY), 3.0, needs=POLICY),
-    Step("loop", "host time and latency of the sampling loop", (*PYTHON, LOOP), 2.0, needs=LOOP),
+    Step("loop", "host time and latency of the sampling loop", (*PYTHON, LOOP, "--out", "{out}"), 2.0, needs=LOOP),
     Step(
         "cold",
         "seconds to the first samples, nothing compiled before",

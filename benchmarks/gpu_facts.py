@@ -78,22 +78,20 @@ def slots(device: torch.device) -> dict[str, Any]:
     batch = 4 if small else 64
     operations = Plan.of(CIFAR, 1, 32, 32, 2).lowered.operations
     plain = [s._replace(norms=(), raw=True) for s in shapes_of(operations, torch.bfloat16)]
+    ways: dict[str, Callable[[Problem], list[Tensor]]] = {"cudnn": Problem.cudnn}
+    if not small:
+        ways["ours"] = Problem.own
     found: dict[str, Any] = {}
     before = torch.backends.cudnn.benchmark
     for shape in list(dict.fromkeys(plain))[: 3 if small else None]:
         problem, larger = (Problem(shape, b, device, sets=1) for b in (batch, 2 * batch))
-        found[shape.key] = {
-            f"{what}, benchmark {search}": looks(how, problem, larger)
-            for what, how in (("cudnn", Problem.cudnn), *((("ours", Problem.own),) if not small else ()))
-            for search in (False, True)
-            if not _set_search(search)
-        }
+        found[shape.key] = {}
+        for search in (False, True):
+            torch.backends.cudnn.benchmark = search
+            for what, how in ways.items():
+                found[shape.key][f"{what}, benchmark {search}"] = looks(how, problem, larger)
     torch.backends.cudnn.benchmark = before
     return {"batch": batch, "shapes": found}
-
-
-def _set_search(search: bool) -> None:
-    torch.backends.cudnn.benchmark = search
 
 
 def looks(how: Callable[[Problem], list[Tensor]], problem: Problem, larger: Problem) -> dict[str, bool]:

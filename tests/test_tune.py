@@ -270,7 +270,9 @@ def test_compiling_processes_end_in_time(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_measured_again_and_more_of_it(tmp_path: Path) -> None:
     path = tmp_path / "gpu.json"
     tuned.add(path, "GPU", {"a": {"64": part(us=10.0)}, "b": {"1": part()}})
-    tuned.add(path, "GPU", {"a": {"8": part(us=5.0), "64": part(us=11.0)}})
+    tuned.add(path, "GPU", {"a": {"8": part(us=5.0)}})
+    assert list(conv_choice.read(path)["shapes"]["a"]["batches"]) == ["8", "64"]
+    tuned.add(path, "GPU", {"a": {"64": part(us=11.0)}})
     table = conv_choice.read(path)
     assert list(table["shapes"]) == ["a", "b"]
     assert {b: p["us"] for b, p in table["shapes"]["a"]["batches"].items()} == {"8": 5.0, "64": 11.0}
