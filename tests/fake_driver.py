@@ -6,6 +6,8 @@ What `WhileGraph` asks of it, no more. A graph that torch captured is, here, the
 from __future__ import annotations
 
 import ctypes
+import re
+from collections.abc import Callable
 from enum import IntEnum
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +21,36 @@ class Result(IntEnum):
 KINDS = ("KERNEL", "MEMCPY", "MEMSET", "HOST", "GRAPH", "EMPTY", "WAIT_EVENT", "CONDITIONAL")
 Kind = IntEnum("Kind", [f"CU_GRAPH_NODE_TYPE_{name}" for name in KINDS], start=0)
 MOST = 1000  # runs of a body: a loop that doesn't end is a mistake
+
+
+def run_ptx(source: str, given: tuple[int, ...], set_conditional: Callable[[int, int], None]) -> None:
+    """Run a kernel of one thread, of the few instructions that `COUNT_DOWN` has."""
+    head, body = source[source.index(".entry") :].split("{")
+    of: dict[str, Any] = dict(zip(re.findall(r"\.u64 (\w+)", head), given, strict=True))
+    compare = {"gt": lambda a, b: a > b, "ge": lambda a, b: a >= b, "ne": lambda a, b: a != b}
+    for line in body.replace("}", "").split(";"):
+        what, *names = re.findall(r"[%\w.-]+", line) or ["ret"]
+        values = [of.get(name, int(name) if name.lstrip("-").isdigit() else None) for name in names]
+        match what.split("."):
+            case ["reg" | "param" | "" | "ret", *_]:
+                pass
+            case ["ld", "param", _] | ["cvta", *_] | ["st", "param", _]:
+                of[names[0]] = values[1]
+            case ["ld", "global", "s32"]:
+                of[names[0]] = ctypes.c_int32.from_address(values[1]).value
+            case ["st", "global", "s32"]:
+                ctypes.c_int32.from_address(values[0]).value = values[1]
+            case ["add", "s32"]:
+                of[names[0]] = values[1] + values[2]
+            case ["setp", how, "s32"]:
+                of[names[0]] = compare[how](values[1], values[2])
+            case ["selp", "u32"]:
+                of[names[0]] = values[1] if values[3] else values[2]
+            case ["call", "uni"]:
+                assert names[0] == "cudaGraphSetConditional"
+                set_conditional(values[1], values[2])
+            case _:
+                raise NotImplementedError(line)
 
 
 class Graph:
@@ -61,12 +93,7 @@ class FakeDriver:
 
     def cuModuleGetFunction(self, module: bytes, name: bytes) -> Any:
         assert b".entry " + name + b" (" in module
-        return Result(0), self._count_down
-
-    def _count_down(self, left: int, handle: int) -> None:
-        memory = ctypes.c_int32.from_address(left)
-        memory.value -= 1
-        self.values[handle] = int(memory.value > 0)
+        return Result(0), lambda *given: run_ptx(module.decode().rstrip("\0"), given, self.values.__setitem__)
 
     def cuGraphCreate(self, flags: int) -> Any:
         self.alive += 1
@@ -147,3 +174,12 @@ class FakeDriver:
     def cuGraphDestroy(self, graph: Graph) -> Any:
         self.alive -= 1
         return (Result(0),)
+
+
+class FakeDriver12(FakeDriver):
+    """Of cuda-bindings 12: what 13 calls cuGraphAddNode has another name there, and that name another function."""
+
+    cuGraphAddNode_v2 = FakeDriver.cuGraphAddNode
+
+    def cuGraphAddNode(self, graph: Graph, of: None, number: int, node: Any) -> Any:  # type: ignore[override]
+        raise NotImplementedError

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fake_driver import FakeDriver
+from fake_driver import FakeDriver, FakeDriver12
 from fake_graph import FakeGraph, FakeGraphs, Recording
 from test_graphs import PRELUDE, TABLES, Net, NoCuda, on_the_cpu
 
@@ -186,6 +186,27 @@ def test_a_graph_that_is_refused_after_the_self_test_is_refused_alone(monkeypatc
         assert torch.equal(Sampler(Net(), table, graph="while").sample((2, 5), seeds=0), expected)
     assert fake.replays == {10: 8, 1: 14}
     assert cuda.calls.count("cuModuleLoadData") == 1
+
+
+def test_a_graph_that_is_refused_is_instantiated_at_once(driver):
+    """Not at its first replay, as torch would."""
+    driver(kinds=("HOST",))
+    made, body = [], counting()[1]
+    body.instantiate = lambda: made.append(1)
+    with pytest.warns(UserWarning, match="with 10 steps a launch"):
+        assert graphs.replay_of(body, 10, CPU, loop=True) == body.replay
+    assert made == [1]
+    assert graphs.replay_of(body, 10, CPU, loop=False) == body.replay
+    assert made == [1]
+
+
+def test_the_calls_of_cuda_bindings_12(driver, monkeypatch):
+    driver()
+    cuda, (runs, body) = FakeDriver12(), counting()
+    monkeypatch.setattr(while_graph, "_bindings", lambda: cuda)
+    looped(body, CPU)(4)
+    assert len(runs) == 4
+    assert cuda.calls.count("cuGraphAddNode_v2") == 2
 
 
 def test_another_device_has_a_self_test_of_its_own(monkeypatch, driver):
