@@ -92,6 +92,15 @@ def test_both_ways_compute_the_same(shape: ConvShape) -> None:
     assert min(problem.error(problem.own(1), exact), problem.error(problem.cudnn(1), exact)) > 0.1  # other inputs
 
 
+def test_counters_begin_as_zeros() -> None:
+    """Each tile leaves others behind; a row of calls clears those of all at its beginning."""
+    problem = Problem(SMALL._replace(norms=(4,)), 2, CPU, calls=2)
+    problem.counters.fill_(7)
+    assert problem.error(problem.own(), problem.exact()) <= problem.bound
+    assert problem.counters.shape[1] > 0
+    assert not problem.counters[1].any()
+
+
 def test_an_error_sees_each_output_and_nan() -> None:
     problem = Problem(SMALL._replace(norms=(4,)), 2, CPU)
     exact = problem.exact()
