@@ -70,13 +70,14 @@ def test_it_is_the_module(options, batch, more):
 @pytest.mark.parametrize("lerobot", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_larger_network(dtype, lerobot):
+    """512 channels into a convolution: oneDNN's in two parts."""
     net = made(widths=(64, 128, 256), embedding=64, observed=20, lerobot=lerobot)
     engine = PolicyEngine(net, dtype=dtype)
     for batch, horizon in ((1, 16), (4, 16), (2, 32)):
         x, t, cond = given(net, batch, horizon)
         truth = exact(net, x, t, cond)
         low = copy.deepcopy(net).to(dtype)(x.to(dtype), t, global_cond=cond.to(dtype))
-        assert rms(engine(x, t, global_cond=cond) - truth) <= 2 * rms(low - truth)
+        assert rms(engine(x, t, global_cond=cond) - truth) <= 2 * rms(low - truth) + 5e-7 * rms(truth)
 
 
 def test_an_observation_once_for_all_steps():
