@@ -3,6 +3,7 @@
 With cuda-bindings 12.8 to 13.5, where it is installed, its structures are what the driver in C reads.
 """
 
+import ctypes
 import gc
 import importlib.util
 import os
@@ -18,7 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fake_driver import FakeDriver, FakeDriver12
+from fake_driver import FakeDriver, FakeDriver12, run_ptx
 from fake_graph import FakeGraph, FakeGraphs, Recording
 from test_graphs import PRELUDE, TABLES, Net, NoCuda, on_the_cpu
 
@@ -81,6 +82,13 @@ def test_a_launch_runs_the_body_as_often_as_asked(driver):
         assert len(runs) == times
     assert fake.calls.count("cuGraphLaunch") == SELF_TEST + 5
     assert fake.calls.count("cuGraphInstantiate") == 2
+
+
+@pytest.mark.parametrize("left, again", [(3, 1), (2, 1), (1, 0), (0, 0), (-5, 0)])
+def test_the_countdown_ends_even_where_it_began_at_nothing(left, again):
+    memory, said = ctypes.c_int32(left), {}
+    run_ptx(COUNT_DOWN.decode(), (ctypes.addressof(memory), 11), said.__setitem__)
+    assert (memory.value, said) == (left - 1, {11: again})
 
 
 def test_two_loops_have_countdowns_of_their_own(driver):
