@@ -39,6 +39,7 @@ SHAPES: dict[str, tuple[tuple[int, int], tuple[int, ...], int, dict[str, Any]]] 
     "residual-16": ((256, 16), (256,), 256, dict(residual=True, norms=NEXT_AND_SKIP_8)),
     "plain-16": ((256, 16), (256,), 256, dict(residual=True)),
     "up-16": ((256, 16), (256,), 256, dict(up=True)),
+    "to-out-8": ((1024, 8), (256,), 256, dict(kernel=1, residual=True, norms=NEXT_8)),
     "up-8": ((256, 8), (256,), 256, dict(up=True, norms=NEXT_8)),
     "qkv-16": ((256, 16), (256,), 768, dict(kernel=1)),
     "to-out-16": ((256, 16), (256,), 256, dict(kernel=1, residual=True, norms=NEXT_8)),
@@ -70,6 +71,7 @@ def launches(name: str, sm: int) -> list[Any]:
     options["norms"] = [norm_of(out, **norm) for norm in options.pop("norms", ())]
     raw = options.pop("raw", True)
     conv._shared = lambda device: SHARED[sm]
+    conv._hopper = lambda device: sm == 90
     return launched(conv, conv.launch_conv, zeros(b, h, h, c_in[0]), weight, bias, out if raw else None, **options)
 
 

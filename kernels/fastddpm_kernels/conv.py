@@ -405,7 +405,8 @@ def launch_conv(
     if tile is None:
         # Segments have a second total; norms need registers; and a 1x1 convolution is over too soon.
         most = 64 * 64 if segments > 1 else 128 * 128 if norms or kernel == 1 else 128 * 256
-        spare = len(norms) > 0 or (residual is None and not flat)
+        few = _hopper(x.device) and phases * pixels >= 128  # statistics of several samples are not few
+        spare = few if norms else residual is None and not flat
         tile = tile_of(
             batch * pixels,
             cout,
@@ -531,6 +532,12 @@ def _shared(device: torch.device) -> int:
     if device.type != "cuda":
         return 232448
     return driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
+
+
+@lru_cache
+def _hopper(device: torch.device) -> bool:
+    """Whether a thread has few columns of a product: a warp of Blackwell's has 32 rows, and a thread all of a row."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _or(tensor: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:

@@ -54,7 +54,7 @@ def tile_of(
     Args:
         rows: of a phase.
         most: outputs, where registers are needed for something else.
-        spare: whether 128 registers are enough: a residual without norms needs more, as does `flat`.
+        spare: whether 128 registers are enough: not for a residual, `flat`, or Blackwell's norms.
         shared: bytes of shared memory that a program may have; an H100's unless given.
         phases: four of an upsampled image.
         pixels: rows of a sample and phase, where norms make its programs wait for each other; 0: they don't.
