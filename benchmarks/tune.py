@@ -26,8 +26,8 @@ sys.path[:0] = [str(_ROOT), str(_ROOT / "kernels")]
 
 import click
 import torch
-from fastddpm_kernels.conv_choice import ConvShape
-from fastddpm_kernels.conv_tiles import Tile, segments_of, step_of
+from fastddpm_kernels.conv_choice import ConvShape, segments, step, takes
+from fastddpm_kernels.conv_tiles import Tile
 
 from benchmarks import command, tuned
 from benchmarks.conv_problem import Problem, flops, shapes_of
@@ -42,7 +42,7 @@ CALLS_FLOPS = 2e11  # of the calls that are timed together: a quarter of a milli
 RULE, CUDNN = "rule", "cudnn"
 # Pixels and channels of a tile, the likeliest first: of any convolution, of the smallest maps, of the last convolution.
 SIZES = ((128, 128), (64, 64), (128, 64), (64, 128), (64, 32), (128, 256), (256, 128), (128, 32), (256, 64))
-SMALL = ((64, 32), (64, 64), (128, 64), (128, 32), (64, 128))
+SMALL = ((64, 32), (64, 64))
 LAST = ((64, 16), (128, 16), (256, 16))
 
 
@@ -51,29 +51,18 @@ def candidates(shape: ConvShape, most: int) -> dict[str, tuple[Tile | None, bool
     made: dict[str, tuple[Tile | None, bool | None]] = {RULE: (None, None)}
     if shape.dtype == "float32":
         return made
-    k = step_of((shape.c0, shape.c1, shape.s0, shape.s1), getattr(torch, shape.dtype), flat=_flat(shape))
-    splits: tuple[bool | None, ...] = (None, True, False) if _segments(shape, k) > 1 else (None,)
-    small = len(splits) > 1
-    for m, n in SMALL if small else LAST if shape.cout <= 16 else SIZES:
-        if n > max(shape.cout, 16) or m * n > (128 * 128 if shape.norms or small else 128 * 256):
-            continue
+    divided = segments(shape) > 1
+    for m, n in SMALL if divided else LAST if shape.cout <= 16 else SIZES:
         warps = 8 if m * n >= 128 * 128 else 4
-        for split in splits:
-            for stages in (4,) if small else (3, 4):
+        for split in (None, False) if divided else (None,):
+            for stages in (3, 4):
                 registers = 128 if (m, n, stages) == (128, 128, 3) else None
+                tile = Tile(m, n, step(shape), warps, stages, registers)
+                if n > max(shape.cout, 16) or (shape.norms and m * n > 128 * 128) or not takes(shape, tile):
+                    continue
                 name = f"{m}x{n}, {stages} stages, {registers or 'any'} registers, split {split}"
-                made[name] = Tile(m, n, k, warps, stages, registers), split
+                made[name] = tile, split
     return dict(list(made.items())[:most])
-
-
-def _flat(shape: ConvShape) -> bool:
-    return shape.kernel == 3 and shape.c0 < 16 and shape.c1 == shape.s0 == 0
-
-
-def _segments(shape: ConvShape, k: int) -> int:
-    taps = 4 if shape.up else shape.kernel**2
-    steps = sum(-(-c // k) for c in [shape.c0, shape.c1] * taps + [shape.s0, shape.s1])
-    return 1 if shape.up else segments_of(shape.height * shape.width, steps)
 
 
 def measure(problem: Problem, most: int, timed: Race = race) -> tuple[dict[str, Any], dict[str, str]]:

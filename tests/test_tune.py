@@ -133,7 +133,7 @@ def test_tiles_that_are_tried(shape: ConvShape) -> None:
 
 def test_sums_of_small_maps_are_divided_both_ways() -> None:
     small = HALF._replace(c0=256, cout=256)
-    assert {split for _, split in tune.candidates(small, 100).values()} == {None, True, False}
+    assert {split for _, split in tune.candidates(small, 100).values()} == {None, False}
     for other in (small._replace(up=True), small._replace(height=16, width=16)):
         assert {split for _, split in tune.candidates(other, 100).values()} == {None}
 
@@ -303,10 +303,10 @@ def test_cudnn_takes_a_shape_over_for_all_batches_or_none() -> None:
 
 def test_what_is_found(tmp_path: Path) -> None:
     best = [128, 64, 4, 3, None]
-    shapes = {SMALL.key: {"1": part(tile=best, split=True), "64": part()}, HALF.key: {"8": part(20, 10)}}
+    shapes = {SMALL.key: {"1": part(tile=best, split=False), "64": part()}, HALF.key: {"8": part(20, 10)}}
     tuned.add(tmp_path / "some-gpu-1.json", "Some GPU (1)", shapes)
     find = partial(choice, "Some GPU (1)", folder=tmp_path)
-    assert find(SMALL, 1) == (True, (128, 64, 4, 3, None), True)
+    assert find(SMALL, 1) == (True, (128, 64, 4, 3, None), False)
     assert find(SMALL, 7) == find(SMALL, 8) == find(SMALL, 1)  # nearest by ratio; of two alike the smaller
     assert find(SMALL, 9) == find(SMALL, 10_000) == (True, None, None)
     found = find(SMALL, 1)
@@ -320,6 +320,48 @@ def test_what_is_found(tmp_path: Path) -> None:
     assert choice("Another", SMALL, 1, tmp_path) is None
     assert choice("some gpu 1", SMALL, 1, tmp_path) is None  # another name, the same file
     assert choice("Some GPU (1)", SMALL, 1, tmp_path / "nowhere") is None
+
+
+def test_tiles_that_a_shape_can_not_have(tmp_path: Path) -> None:
+    """More memory than `conv_scratch` says, groups in two tiles, or more programs that wait than run at once."""
+    divided = HALF._replace(c0=256, cout=256)
+    normed = HALF._replace(height=32, width=32, c0=128, cout=128, norms=(4, 64))
+    wide = normed._replace(cout=512, norms=(16,))
+    tiles = [[m, n, 4, 3, None] for m in (64, 128) for n in (32, 64, 128)]
+    allowed = {
+        divided: [[64, 32], [64, 64]],
+        divided._replace(up=True): [tile[:2] for tile in tiles],
+        normed: [[64, 64], [64, 128], [128, 64], [128, 128]],
+        wide: [[128, 128]],  # 8 x 4 programs
+    }
+    for shape, those in allowed.items():
+        found = []
+        for i, tile in enumerate(tiles):
+            folder = tmp_path / f"{shape.cout}-{shape.up}-{len(shape.norms)}-{i}"
+            folder.mkdir()
+            tuned.add(folder / "gpu.json", "GPU", {shape.key: {"1": part(tile=tile)}})
+            try:
+                choice("GPU", shape, 1, folder)
+            except ValueError:
+                continue
+            found.append(tile[:2])
+        assert found == those, shape.key
+        for tried, _ in tune.candidates(shape, 100).values():
+            assert tried is None or conv_choice.takes(shape, tried)
+
+
+@pytest.mark.parametrize("shape", COVERING[2:], ids=lambda shape: shape.key)
+def test_segments_and_steps_are_the_launchers(shape: ConvShape, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastddpm_kernels import conv
+
+    seen: dict[str, Any] = {}
+    steps, parts = conv.step_of, conv.segments_of
+    monkeypatch.setattr(conv, "step_of", lambda *a, **b: seen.setdefault("step", steps(*a, **b)))
+    monkeypatch.setattr(conv, "segments_of", lambda *a: seen.setdefault("segments", parts(*a)))
+    large = shape._replace(c0=64, c1=8 * shape.c1, s0=8 * shape.s0)
+    Problem(large, 1, CPU).own()
+    assert seen.get("segments", 1) == conv_choice.segments(large)
+    assert seen["step"] == conv_choice.step(large)
 
 
 def test_no_table_ships_that_is_none() -> None:
@@ -338,7 +380,12 @@ def test_no_table_ships_that_is_none() -> None:
         (dict(shapes={"a": {"own": 1, "batches": {"1": part()}}}), "a: own or batches is missing"),
         (dict(shapes={"a": {"own": True, "batches": {"0": part()}}}), "a: '0' is no batch"),
         (dict(shapes={"a": {"own": True, "batches": {"x": part()}}}), "a: 'x' is no batch"),
-        (dict(shapes={"a": {"own": True, "batches": {"1": part(split=1)}}}), "batch 1: split is 1; allowed: true"),
+        (
+            dict(shapes={"a": {"own": True, "batches": {"1": part(split=1)}}}),
+            "batch 1: split is 1; allowed: false, null",
+        ),
+        (dict(shapes={"a": {"own": True, "batches": {"1": part(split=True)}}}), "batch 1: split is True; allowed"),
+        (dict(shapes={"a": {"own": True, "batches": {"1": part(split=0)}}}), "batch 1: split is 0; allowed"),
         *(
             (dict(shapes={"a": {"own": True, "batches": {"1": part(tile=tile)}}}), f"batch 1: {says}")
             for tile, says in [

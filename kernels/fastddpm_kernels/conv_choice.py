@@ -14,7 +14,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .conv_tiles import Tile
+import torch
+
+from .conv_tiles import TOGETHER, Tile, programs, segments_of, step_of
 
 FOLDER = Path(__file__).resolve().parent / "tuned"
 FORMAT = 1
@@ -58,12 +60,46 @@ class ConvShape(NamedTuple):
         return ", ".join(words)
 
 
+def step(shape: ConvShape) -> int:
+    """Channels a step of the sum: the rule's, whatever a table says."""
+    channels = (shape.c0, shape.c1, shape.s0, shape.s1)
+    return step_of(channels, getattr(torch, shape.dtype), flat=_flat(shape))
+
+
+def segments(shape: ConvShape) -> int:
+    """In how many parts the sum is divided: the rule's too."""
+    if shape.up:
+        return 1
+    k, taps = step(shape), shape.kernel**2
+    counts = [9 * shape.c0] if _flat(shape) else [shape.c0, shape.c1] * taps + [shape.s0, shape.s1]
+    return segments_of(shape.height * shape.width, sum(-(-count // k) for count in counts))
+
+
+def _flat(shape: ConvShape) -> bool:
+    return shape.kernel == 3 and shape.c0 < 16 and shape.c1 == shape.s0 == 0
+
+
+def takes(shape: ConvShape, tile: Tile) -> bool:
+    """Whether the convolution can have this tile at any batch, within `conv_scratch`'s memory.
+
+    Divided sums have room for tiles of 64 x 64 and smaller. With norms, a tile has whole groups, and no more programs
+    wait for each other than surely run at once.
+    """
+    if segments(shape) > 1 and (tile.m > 64 or tile.n > 64):
+        return False
+    if not shape.norms:
+        return True
+    phases = 4 if shape.up else 1
+    waiting = programs(tile, shape.height * shape.width // phases, phases, shape.cout)
+    return tile.n % max(shape.norms) == 0 and waiting <= TOGETHER
+
+
 class Choice(NamedTuple):
     """What was fastest."""
 
     own: bool  # our kernel; else cuDNN's
     numbers: tuple[int, int, int, int, int | None] | None  # m, n, warps, stages, registers; None: the rule's
-    split: bool | None  # None: the rule's
+    split: bool | None  # False: the programs aren't divided, though the sums are; None: the rule's
 
     def tile(self, k: int) -> Tile | None:
         """The tile, with the steps that the rule says; None: the rule's."""
@@ -102,7 +138,11 @@ def _found(gpu: str, shape: ConvShape, batch: int, folder: Path) -> Choice | Non
         return None
     nearest = min(entry["batches"], key=lambda b: (abs(math.log(int(b) / max(batch, 1))), int(b)))
     best = entry["batches"][nearest]
-    return Choice(entry["own"], None if best["tile"] is None else tuple(best["tile"]), best["split"])
+    found = Choice(entry["own"], None if best["tile"] is None else tuple(best["tile"]), best["split"])
+    tile = found.tile(step(shape))
+    if tile is not None and not takes(shape, tile):
+        raise ValueError(f"{path}: {shape.key} can't have the tile {best['tile']}; remove the table, or tune again")
+    return found
 
 
 @lru_cache(maxsize=16)
@@ -144,8 +184,8 @@ def fault(table: object) -> str | None:
 
 def _wrong_tile(best: dict[str, Any]) -> str | None:
     split, tile = best.get("split"), best.get("tile")
-    if not (split is None or isinstance(split, bool)):
-        return f"split is {split!r}; allowed: true, false, null"
+    if split is not None and split is not False:
+        return f"split is {split!r}; allowed: false, null"  # true could want more memory than `conv_scratch` says
     if tile is None:
         return None
     if not isinstance(tile, list) or len(tile) != 5:
