@@ -128,10 +128,10 @@ def finished(
         mean = in_tile(values, GROUP_BITS, POSITION_BITS) * (1.0 / (GROUP * OUT))
         away = (values.reshape(shape) - mean[:, None, :, None]).reshape(BLOCK_C, BLOCK_R)
         away = tl.where(keep, away, 0.0)
-        # What the mean lacks, by rounding, is the mean of the distances from it.
+        # What the mean lacks, by rounding, is the mean of the distances from it. (Its square is nothing beside theirs.)
         off = in_tile(away, GROUP_BITS, POSITION_BITS) * (1.0 / (GROUP * OUT))
-        variance = in_tile(away * away, GROUP_BITS, POSITION_BITS) * (1.0 / (GROUP * OUT)) - off * off
-        factor = 1.0 / tl.sqrt(tl.maximum(variance, 0.0) + eps)
+        variance = in_tile(away * away, GROUP_BITS, POSITION_BITS) * (1.0 / (GROUP * OUT))
+        factor = 1.0 / tl.sqrt(variance + eps)
         normal = (away.reshape(shape) - off[:, None, :, None]) * factor[:, None, :, None]
         normal = normal.reshape(BLOCK_C, BLOCK_R)
         scale = tl.load(norm_weight_ptr + c, c_valid, other=0.0)
