@@ -6,6 +6,7 @@ Run by test_conv_codegen.py in a process of its own, since the tests' process in
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -48,6 +49,7 @@ SHAPES: dict[str, tuple[tuple[int, int], tuple[int, ...], int, dict[str, Any]]] 
     "batch-1-16": ((1, 16), (256,), 256, dict(residual=True, norms=NEXT_AND_SKIP_8)),
     "batch-1-4": ((1, 4), (256,), 256, dict(shortcut=(256, 256), norms=NEXT_AND_SKIP_8)),
 }
+EVERYWHERE = ("two-sources-32", "up-8", "batch-1-4")  # CODEGEN=all: all of them
 
 
 def launches(name: str, sm: int) -> list[Any]:
@@ -90,6 +92,9 @@ def inspect(compiled: Any, options: dict[str, Any]) -> dict[str, Any]:
         run = [CUOBJDUMP, "-sass", "-res-usage", file.name]
         text = subprocess.run(run, capture_output=True, text=True, check=True).stdout
     sass = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", text)
+    ptx = re.findall(
+        r"^\s+(?:@%p\d+ )?(bar\.sync|atom\.\S+|ld\.global\.gpu\S*|st\.global)", compiled.asm["ptx"], re.MULTILINE
+    )
     usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
     return {
         "warps": options["num_warps"],
@@ -100,17 +105,36 @@ def inspect(compiled: Any, options: dict[str, Any]) -> dict[str, Any]:
         "unit": next((op.split(".")[0] for op in sass if op.startswith(("HMMA", "HGMMA", "UTCHMMA"))), ""),
         "asynchronous": dict(Counter(op for op in sass if op.startswith("LDGSTS"))),
         "stores": dict(Counter(op for op in sass if op.startswith("STG"))),
+        "in_loop": in_loop(sass),
+        "exchange": exchange(ptx, sass),
         "shuffles": sum(op.startswith("SHFL") for op in sass),
         "instructions": sum(not op.startswith("NOP") for op in sass),
     }
 
 
+def in_loop(sass: list[str]) -> int:
+    """Local accesses between the branches around the products."""
+    products = [i for i, op in enumerate(sass) if op.startswith(("HMMA", "HGMMA", "UTCHMMA"))]
+    start = max((i for i, op in enumerate(sass[: products[0]]) if op.startswith("BRA")), default=0)
+    stop = next(i for i, op in enumerate(sass) if i > products[-1] and op.startswith("BRA"))
+    return sum(op.startswith(("LDL", "STL")) for op in sass[start:stop])
+
+
+def exchange(ptx: list[str], sass: list[str]) -> str:
+    """What stands around the first atomic addition: barriers, and what comes after it; in the machine code too."""
+    at = next((i for i, op in enumerate(ptx) if op.startswith("atom")), None)
+    if at is None:
+        return ""
+    machine = [op for op in sass if op.startswith(("ATOMG", "CCTL", "MEMBAR.ALL.GPU", "MEMBAR.SC.GPU", "LDG.E.STRONG"))]
+    return " ".join([*ptx[at - 1 : at + 5], "|", *machine])
+
+
 def main() -> None:
     jobs = [
-        (f"{name}{'+' * k}-sm{sm}", sm, *launch)
+        (f"{name}-sm{sm}", sm, *launch)
         for name in SHAPES
-        for sm in TARGETS
-        for k, launch in enumerate(launches(name, sm))
+        for sm in (TARGETS if name in EVERYWHERE or os.environ.get("CODEGEN") == "all" else (90,))
+        for launch in launches(name, sm)
     ]
 
     def build(job: tuple[str, int, Any, dict[str, Any]]) -> tuple[str, dict[str, Any]]:

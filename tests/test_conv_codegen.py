@@ -15,23 +15,38 @@ import pytest
 HERE = Path(__file__).parent
 SMS = (80, 90, 100)
 UNIT = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
-TWO_PROGRAMS = ("two-sources-32", "shortcut-32", "down-32", "statistics-32")  # a multiprocessor of sm_90: 128 registers
+# A multiprocessor of sm_90 has two of their programs at once: 128 registers. One multiplies while the other waits.
+TWO_PROGRAMS = (
+    "first-32", "two-sources-32", "conv1-32", "shortcut-32", "residual-32", "shifted-32", "down-32", "conv1-16",
+    "residual-16", "up-8", "qkv-16", "to-out-16",
+)  # fmt: skip
+# Bytes of local memory + accesses to it, none in the loop: up to three registers of a residual's program are put aside.
+ASIDE = {"residual-32-sm90": 22, "residual-16-sm90": 12, "to-out-16-sm90": 12, "plain-16-sm80": 10}
+WAITING = [name for name in TWO_PROGRAMS if name not in ("two-sources-32", "qkv-16")] + ["batch-1-32", "batch-1-16"]
 
-# (registers, bytes of shared memory, instructions) on sm_80, sm_90, sm_100. "+" is the kernel that adds the segments.
+# (registers, bytes of shared memory, instructions) on sm_80, sm_90, sm_100. Those with norms: first, conv1, shortcut,
+# residual (two norms), shifted, down, up-8, to-out, segments, batch-1.
 RESOURCES = {
-    "first-32": ((152, 32768, 1663), (114, 32768, 1642), (131, 40976, 1907)),
-    "last-32": ((100, 55296, 1562), (80, 73728, 1577), (74, 73744, 1997)),
-    "two-sources-32": ((172, 65536, 1274), (107, 98304, 1181), (126, 98320, 1481)),
-    "shortcut-32": ((170, 65536, 1303), (103, 98304, 1215), (119, 98320, 1526)),
-    "residual-32": ((162, 65536, 1440), (136, 98304, 1346), (134, 98320, 1566)),
-    "statistics-32": ((182, 65536, 2239), (128, 98304, 2175), (164, 98320, 2446)),
-    "down-32": ((169, 65536, 1214), (124, 98304, 1121), (122, 98320, 1410)),
-    "residual-16": ((252, 147456, 2005), (249, 196608, 1866), (255, 196624, 2189)),
-    "up-16": ((241, 147456, 1862), (216, 196608, 1607), (171, 196624, 1930)),
-    "1x1-residual-16": ((163, 65536, 1262), (135, 98304, 1170), (126, 98320, 1381)),
-    "segments-8": ((165, 49152, 1753), (124, 65536, 1687), (117, 65552, 2168)),
-    "batch-1-4": ((80, 36864, 1196), (48, 49152, 1186), (40, 49168, 1475)),
-    "batch-1-4+": ((44, 128, 449), (34, 128, 454), (34, 128, 438)),
+    "first-32": ((182, 32768, 3138), (128, 32768, 3261), (226, 40976, 3281)),
+    "last-32": ((101, 55296, 1509), (64, 73728, 1501), (56, 73744, 1850)),
+    "two-sources-32": ((174, 65536, 1235), (104, 98304, 1141), (91, 98320, 1430)),
+    "conv1-32": ((168, 65536, 2561), (128, 98304, 2585), (168, 98320, 2755)),
+    "shortcut-32": ((178, 65536, 2835), (128, 98304, 2766), (170, 98320, 2982)),
+    "residual-32": ((174, 65536, 3967), (128, 98304, 4127), (194, 98320, 3967)),
+    "shifted-32": ((168, 65536, 2621), (128, 98304, 2765), (247, 98320, 2949)),
+    "down-32": ((172, 65536, 2535), (128, 98304, 2522), (170, 98320, 2721)),
+    "conv1-16": ((166, 65536, 2500), (128, 98304, 2578), (131, 98320, 2550)),
+    "residual-16": ((174, 65536, 3619), (128, 98304, 3701), (170, 98320, 3495)),
+    "plain-16": ((255, 147456, 1910), (254, 196608, 1767), (254, 196624, 2127)),
+    "up-16": ((241, 147456, 1823), (216, 196608, 1571), (178, 196624, 1896)),
+    "to-out-8": ((180, 65536, 2700), (182, 98304, 2758), (136, 98320, 2664)),
+    "up-8": ((177, 65536, 2987), (128, 98304, 2983), (176, 98320, 2962)),
+    "qkv-16": ((160, 65536, 1022), (116, 98304, 902), (104, 98320, 1171)),
+    "to-out-16": ((172, 65536, 2650), (128, 98304, 2731), (136, 98320, 2625)),
+    "segments-8": ((161, 49152, 2404), (132, 65536, 2415), (134, 65552, 2694)),
+    "batch-1-32": ((128, 49152, 1856), (95, 65536, 1839), (123, 65552, 2125)),
+    "batch-1-16": ((64, 36864, 1845), (56, 49152, 1794), (64, 49168, 1962)),
+    "batch-1-4": ((80, 36864, 1879), (96, 49152, 1862), (72, 49168, 2086)),
 }
 
 
@@ -44,17 +59,50 @@ def compiled() -> dict[str, dict]:
     return json.loads(run.stdout)
 
 
-def test_every_shape_compiles_for_every_gpu(compiled):
-    assert set(compiled) == {f"{name}-sm{sm}" for name in RESOURCES for sm in SMS}
+def test_every_shape_compiles(compiled):
+    assert {f"{name}-sm90" for name in RESOURCES} <= set(compiled)
+    assert len(compiled) > len(RESOURCES)
 
 
 def test_nothing_spills(compiled):
-    assert {name: code["local"] for name, code in compiled.items() if code["local"]} == {}
+    assert {name: code["in_loop"] for name, code in compiled.items() if code["in_loop"]} == {}
+    spilt = {name: code["local"] for name, code in compiled.items() if code["local"]}
+    assert set(spilt) <= set(ASIDE)
+    assert all(local <= ASIDE[name] for name, local in spilt.items())
 
 
-@pytest.mark.parametrize("name", [name for name in RESOURCES if not name.endswith("+")])
+@pytest.mark.parametrize("name", WAITING)
+@pytest.mark.parametrize("sm", SMS)
+def test_programs_wait_for_each_other(compiled, name, sm):
+    """All threads have stored, one adds to the counter, and reads it until all are there; then all threads read.
+
+    Stores, barrier, and an addition that is a release: by causality what all of the program's threads wrote is there
+    for who reads the sum. The load is an acquire, and empties the multiprocessor's L1 (CCTL.IVALL): what is read after
+    the barrier behind it can't be old.
+    """
+    if f"{name}-sm{sm}" not in compiled:
+        pytest.skip("compiled with CODEGEN=all")
+    ptx, machine = compiled[f"{name}-sm{sm}"]["exchange"].split(" | ")
+    assert ptx.split()[:2] == ["bar.sync", "atom.global.gpu.acq_rel.add.u32"]
+    after = ptx.split()[2:]
+    load = after.index("ld.global.gpu.acquire.b32")
+    assert set(after[:load]) == {"bar.sync"}
+    assert after[load + 1] == "bar.sync"
+    assert machine.split()[:3] == ["MEMBAR.ALL.GPU", "ATOMG.E.ADD.STRONG.GPU", "CCTL.IVALL"]
+    assert machine.split()[3:5] == ["LDG.E.STRONG.GPU", "CCTL.IVALL"]
+
+
+def test_the_last_segment_does_not_wait(compiled):
+    ptx, machine = compiled["batch-1-4-sm90"]["exchange"].split(" | ")
+    assert ptx.split()[:2] == ["bar.sync", "atom.global.gpu.acq_rel.add.u32"]
+    assert "LDG.E.STRONG" not in machine
+
+
+@pytest.mark.parametrize("name", RESOURCES)
 @pytest.mark.parametrize("sm", SMS)
 def test_tensor_cores_and_asynchronous_copies_of_16_bytes(compiled, name, sm):
+    if f"{name}-sm{sm}" not in compiled:
+        pytest.skip("compiled with CODEGEN=all")
     code = compiled[f"{name}-sm{sm}"]
     assert code["unit"] == UNIT[sm]
     # Nothing narrower: a pointer whose alignment was lost would silently have no pipeline. The first convolution's
@@ -64,13 +112,13 @@ def test_tensor_cores_and_asynchronous_copies_of_16_bytes(compiled, name, sm):
     assert code["asynchronous"]["LDGSTS.E.BYPASS.128"] >= (6 if name == "first-32" else 24)
 
 
-@pytest.mark.parametrize("sm", SMS)
-def test_results_are_stored_in_16_bytes(compiled, sm):
-    for name in RESOURCES:
-        if name != "last-32":  # three channels
-            wide = compiled[f"{name}-sm{sm}"]["stores"]
-            assert set(wide) - {"STG.E"} == {"STG.E.128"}, name
-            assert "STG.E" not in wide or name.startswith(("statistics", "batch-1-4")), name
+def test_results_are_stored_in_16_bytes(compiled):
+    for name, code in compiled.items():
+        if not name.startswith("last-32"):  # three channels
+            wide = code["stores"]
+            # The rest: mean and squares, by column; a counter.
+            assert set(wide) <= {"STG.E.128", "STG.E"}, name
+            assert wide.get("STG.E", 0) <= 2, name
 
 
 @pytest.mark.parametrize("name", TWO_PROGRAMS)
@@ -83,6 +131,8 @@ def test_two_programs_a_multiprocessor(compiled, name):
 @pytest.mark.parametrize("name", RESOURCES)
 def test_resources(compiled, name):
     for sm, (registers, shared, instructions) in zip(SMS, RESOURCES[name], strict=True):
+        if f"{name}-sm{sm}" not in compiled:
+            continue
         code = compiled[f"{name}-sm{sm}"]
         assert code["registers"] <= max(1.05 * registers, registers + 8)
         assert code["shared"] <= shared
