@@ -28,7 +28,7 @@ CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 BATCHES = [int(batch) for batch in os.environ.get("BATCHES", "1,8,64" if CUDA else "1,8").split(",")]
 ROUNDS, HORIZON = 9, 16
-OBSERVED = 132  # of two images' features and positions, in the image policy of Diffusion Policy's Push-T
+OBSERVED = 1028  # numbers: 512 features of an image and a position, at two moments, as Diffusion Policy's Push-T has
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Call = Callable[[], Tensor]
 

@@ -119,6 +119,8 @@ VARIANTS = {
     "down, odd": dict(batch=3, length=7, sources=(8,), c_out=72, taps=3, stride=2),
     "up": dict(batch=2, length=4, sources=(32,), c_out=32, up=True),
     "up, odd": dict(batch=3, length=3, sources=(9,), c_out=70, up=True),
+    "uneven segments": dict(batch=2, length=4, sources=(72,), c_out=16, taps=3, groups=4),  # 5 and 4 steps, in float32
+    "uneven segments of 16 bits": dict(batch=2, length=4, sources=(136,), c_out=16, taps=3, groups=4),
     "last": dict(batch=3, length=16, sources=(32,), c_out=2, taps=1),
 }
 
@@ -155,7 +157,7 @@ def test_any_shape(batch, length, sources, group, groups, kind, taps, film, resi
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("name", ["film", "all", "odd", "up", "down"])
+@pytest.mark.parametrize("name", ["film", "all", "odd", "up", "down", "uneven segments", "uneven segments of 16 bits"])
 def test_however_the_sum_is_divided_the_bits_are_the_same(name, dtype):
     case = Case(**VARIANTS[name], dtype=dtype)
     for rows in (16, 64):  # not these with each other: the interpreter's products are NumPy's

@@ -8,12 +8,15 @@ import torch
 from hypothesis import given as draws
 from hypothesis import settings
 from hypothesis import strategies as st
-from policy_networks import SMALL, Wrapped, given, made
+from policy_networks import SMALL, PolicyUnet, Wrapped, given, made
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastddpm import NoiseSchedule, Sampler, solvers
 from fastddpm.engine.lowering import uses
 from fastddpm.engine.policy import PolicyEngine, is_policy_unet
+from fastddpm.engine.policy.lowering import lower, plan_of
+from fastddpm.engine.policy.network import read
 from fastddpm.errors import InputError
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -148,6 +151,32 @@ def test_the_plan_has_every_weight_and_no_memory_twice(lerobot, scale):
     assert "conv1d 3/2" in page
     assert "conv1d 4, transposed" in page
     assert "23 operations" in page
+
+
+def test_the_plan_of_diffusion_policys_image_network():
+    with torch.device("meta"):
+        net = PolicyUnet(observed=1028)
+    plan = plan_of(lower(read(net), net, 16), 1, 2)
+    weights = sum(p.numel() for p in net.parameters())
+    assert round(weights / 1e6, 1) == 79.9
+    assert round((weights - plan.weights) / 1e6, 1) == 18.9  # that leave the loop
+    assert len(plan.lowered.operations) == 35
+    with FlopCounterMode(display=False) as counter:
+        net(
+            torch.zeros(1, 16, 2, device="meta"),
+            torch.zeros(1, device="meta"),
+            None,
+            torch.zeros(1, 1028, device="meta"),
+        )
+    # As torch counts: a transposed convolution's taps at each position of the input, and no norm, of 10 an element.
+    norms = sum(10 * op.out.elements for op in plan.lowered.operations if op.norm)
+    assert plan.flops - norms == counter.get_total_flops() - 2 * (weights - plan.weights - biases(net))
+
+
+def biases(net):
+    """Those of the layers that leave the loop, which are no products."""
+    layers = [net.diffusion_step_encoder, *(m.cond_encoder for m in net.modules() if hasattr(m, "cond_encoder"))]
+    return sum(p.numel() for layer in layers for p in layer.parameters() if p.ndim == 1)
 
 
 def replaced(path, layer, **options):

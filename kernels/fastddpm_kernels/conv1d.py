@@ -124,16 +124,13 @@ def finished(
     total += tl.load(bias_ptr + c, c_valid, other=0.0)[:, None]
     if NORM:
         shape: tl.constexpr = (BLOCK_C // padded, padded, BLOCK_R // positions, positions)
-        values = tl.where(keep, total, 0.0)
+        values = tl.where(keep, total, 0.0)  # a padded position has the bias
         mean = in_tile(values, GROUP_BITS, POSITION_BITS) * (1.0 / (GROUP * OUT))
-        away = (values.reshape(shape) - mean[:, None, :, None]).reshape(BLOCK_C, BLOCK_R)
+        away = (total.reshape(shape) - mean[:, None, :, None]).reshape(BLOCK_C, BLOCK_R)
         away = tl.where(keep, away, 0.0)
-        # What the mean lacks, by rounding, is the mean of the distances from it. (Its square is nothing beside theirs.)
-        off = in_tile(away, GROUP_BITS, POSITION_BITS) * (1.0 / (GROUP * OUT))
         variance = in_tile(away * away, GROUP_BITS, POSITION_BITS) * (1.0 / (GROUP * OUT))
         factor = 1.0 / tl.sqrt(variance + eps)
-        normal = (away.reshape(shape) - off[:, None, :, None]) * factor[:, None, :, None]
-        normal = normal.reshape(BLOCK_C, BLOCK_R)
+        normal = (away.reshape(shape) * factor[:, None, :, None]).reshape(BLOCK_C, BLOCK_R)
         scale = tl.load(norm_weight_ptr + c, c_valid, other=0.0)
         shift = tl.load(norm_bias_ptr + c, c_valid, other=0.0)
         total = mish(normal * scale[:, None] + shift[:, None])

@@ -1,8 +1,9 @@
 """What FiLM needs of time step and observation: one row of scales and shifts for all residual blocks of a network.
 
 Each block has Linear(Mish([time, observation])), which splits: W_t Mish(time) + b depends on the time step alone, and
-is a table made once; W_o Mish(observation) is one product for an observation, however many steps follow. Of an 80 M
-network 24 % of the weights leave the loop so. Sums are float32, or float64 in float64.
+is a table made once; W_o Mish(observation) is one product for an observation, however many steps follow. Of the 79.9 M
+weights of Diffusion Policy's image network, which observes 1028 numbers, 18.9 M leave the loop so: 24 %. Sums are
+float32, or float64 in float64.
 """
 
 from __future__ import annotations
