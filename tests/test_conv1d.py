@@ -121,6 +121,8 @@ VARIANTS = {
     "up, odd": dict(batch=3, length=3, sources=(9,), c_out=70, up=True),
     "uneven segments": dict(batch=2, length=4, sources=(72,), c_out=16, taps=3, groups=4),  # 5 and 4 steps, in float32
     "uneven segments of 16 bits": dict(batch=2, length=4, sources=(136,), c_out=16, taps=3, groups=4),
+    "up, two segments": dict(batch=2, length=3, sources=(128,), c_out=16, up=True),
+    "up, two tiles": dict(batch=20, length=3, sources=(8,), c_out=8, up=True),
     "last": dict(batch=3, length=16, sources=(32,), c_out=2, taps=1),
 }
 

@@ -262,8 +262,12 @@ def test_it_keeps_its_weights_and_its_dtype():
     engine = PolicyEngine(net, horizon=8, dtype=torch.float32)
     x, t, cond = given(net)
     first = engine(x, t, global_cond=cond)
+    wide = net.double()
+    exactly = PolicyEngine(wide, horizon=8, dtype=torch.float64)
+    same = exactly(x, t, global_cond=cond)
     for parameter in net.parameters():
         parameter.zero_()
+    assert torch.equal(exactly(x, t, global_cond=cond), same)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(engine(x, t, global_cond=cond), first)
     assert torch.equal(engine(x.transpose(0, 1).contiguous().transpose(0, 1), t, global_cond=cond), first)
