@@ -227,6 +227,17 @@ def test_segments_side_by_side_have_the_same_bits():
     assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
 
 
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="there the programs' order is not known")
+def test_only_the_program_that_finds_all_others_there_adds_the_segments():
+    """With a counter one too high it is the third of four: it reads what the last has not written yet."""
+    case = Case((1, 4, 4), (16, 32), 32)
+    workspace, counters = torch.full((4 * 64 * 64,), math.nan), torch.zeros(1, dtype=torch.int32)
+    options = dict(segments=4, split=True, workspace=workspace, tile=Tile(64, 32, 16, 4, 2))
+    case.check(counters=counters, **options)
+    workspace.fill_(math.nan)
+    assert case.launch(counters=counters.fill_(1), **options).isnan().all()
+
+
 @pytest.mark.parametrize("name", ["images a tile", "tiles, shifted", "up", "segments"])
 def test_memory_that_is_given(name):
     """As large as `conv_scratch` says, full of NaN, guarded; counters that an earlier launch left."""
