@@ -97,7 +97,10 @@ def replay_of(graph: torch.cuda.CUDAGraph, n: int, device: torch.device, *, loop
             return looped(graph, device)
         except WhileRefused as refused:
             warnings.warn(f"no WHILE node: {refused}; sampling goes on with {n} steps a launch", stacklevel=2)
-            graph.instantiate()  # `keep_graph` left that undone
+            try:
+                graph.instantiate()  # `keep_graph` left that undone
+            except RuntimeError as error:  # as it would be raised by the capture without `keep_graph`
+                raise GraphCaptureError((str(error) or type(error).__name__).splitlines()[0]) from error
     return graph.replay
 
 

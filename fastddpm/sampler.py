@@ -178,7 +178,8 @@ class Sampler:
                 buffers = self._run(part, noise, callback, bar)
                 samples.append(buffers.x[: len(rows)].clone())
                 flags.append(buffers.nonfinite[: len(rows)].clone())
-        return finite_samples(torch.cat(samples), torch.cat(flags), self.table.timesteps.tolist())
+            # in the lock, since it waits for the device: another thread, in a stream of its own, has the same buffers
+            return finite_samples(torch.cat(samples), torch.cat(flags), self.table.timesteps.tolist())
 
     def _run(self, part: Inputs, noise: Noise | None, callback: Callback | None, bar: Any) -> Buffers:
         """The loop."""

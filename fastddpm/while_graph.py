@@ -49,8 +49,9 @@ COUNT_DOWN = b"""
     ret;
 }
 """
-# the kinds of nodes that a body may have: driver API, CUDA_CONDITIONAL_NODE_PARAMS
-IN_A_BODY = ("KERNEL", "MEMCPY", "MEMSET", "EMPTY", "GRAPH", "CONDITIONAL")
+# the kinds of nodes that a body may have (driver API, CUDA_CONDITIONAL_NODE_PARAMS), but for conditional nodes, which a
+# child graph may not have: cuGraphAddChildGraphNode
+IN_A_BODY = ("KERNEL", "MEMCPY", "MEMSET", "EMPTY", "GRAPH")
 TRIALS = (3, 5)  # how often the body of the self-test runs, in one launch each
 
 
@@ -70,8 +71,9 @@ class WhileGraph:
     """
 
     def __init__(self, cuda: Any, kernel: Any, body: torch.cuda.CUDAGraph, device: torch.device) -> None:
-        self._cuda, self._body, self._device = cuda, body, device
+        self._cuda, self._body = cuda, body
         self._left = torch.zeros(1, dtype=torch.int32, device=device)
+        self._device = self._left.device  # its number too: a mere "cuda" is another when the current one changes
         graph = _called(cuda.cuGraphCreate(0))
         try:
             _build(cuda, graph, body.raw_cuda_graph(), kernel, self._left.data_ptr())
@@ -194,7 +196,8 @@ def _try(cuda: Any, kernel: Any, device: torch.device) -> None:
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     body = torch.cuda.CUDAGraph(keep_graph=True)
-    with torch.cuda.graph(body, stream=stream, capture_error_mode="thread_local"):
+    # torch doesn't set the current stream back where a capture breaks
+    with torch.cuda.stream(stream), torch.cuda.graph(body, stream=stream, capture_error_mode="thread_local"):
         counter.add_(1)
     loop, expected = WhileGraph(cuda, kernel, body, device), int(counter)
     for times in TRIALS:

@@ -23,6 +23,7 @@ from fake_driver import FakeDriver, FakeDriver12, run_ptx
 from fake_graph import FakeGraph, FakeGraphs, Recording
 from test_graphs import PRELUDE, TABLES, Net, NoCuda, on_the_cpu
 
+import fastddpm
 from fastddpm import Sampler, graphs, while_graph
 from fastddpm.errors import DeviceError, InputError
 from fastddpm.while_graph import COUNT_DOWN, WhileRefused, looped
@@ -54,7 +55,12 @@ def driver(monkeypatch):
     """Gives the fake driver to use: ``driver(fails="cuGraphLaunch")``."""
     stream = SimpleNamespace(cuda_stream=7, wait_stream=lambda other: None)
     fakes = {"device": lambda _: nullcontext(), "current_device": lambda: 0, "Stream": lambda _: stream}
-    fakes |= {"current_stream": lambda _: stream, "CUDAGraph": Body, "graph": recorded}
+    fakes |= {
+        "current_stream": lambda _: stream,
+        "CUDAGraph": Body,
+        "graph": recorded,
+        "stream": lambda _: nullcontext(),
+    }
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(while_graph, "_PROVED", {})
@@ -157,6 +163,7 @@ REFUSED = {
     "never runs": ({"runs": 0}, "its body ran 0 times, not 3, in a test"),
     "host": ({"kinds": ("KERNEL", "MEMCPY", "HOST")}, "a step holds a node of the kind HOST"),
     "event": ({"kinds": ("EMPTY", "MEMSET", "WAIT_EVENT")}, "a step holds a node of the kind WAIT_EVENT"),
+    "conditional": ({"kinds": ("KERNEL", "CONDITIONAL")}, "a step holds a node of the kind CONDITIONAL"),
     "in a child": ({"kinds": ("KERNEL", "GRAPH")}, "a step holds a node of the kind WAIT_EVENT"),
 }
 
@@ -206,6 +213,49 @@ def test_a_graph_that_is_refused_is_instantiated_at_once(driver):
     assert made == [1]
     assert graphs.replay_of(body, 10, CPU, loop=False) == body.replay
     assert made == [1]
+
+
+def test_without_memory_for_the_chunks_it_is_eager(monkeypatch, driver, eager):
+    """As where torch instantiates a graph in its capture."""
+    driver(kinds=("HOST",))
+    expected = eager(TABLES["ddpm"], 0)
+    FakeGraphs(monkeypatch)
+
+    def instantiate(graph):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(FakeGraph, "instantiate", instantiate)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert torch.equal(Sampler(Net(), TABLES["ddpm"], graph="while").sample((2, 5), seeds=0), expected)
+    assert [str(w.message).split(";")[0] for w in caught][1:] == ["no CUDA graph: CUDA out of memory"]
+
+
+def test_a_self_test_that_can_not_be_captured_leaves_the_current_stream(monkeypatch, driver):
+    """torch doesn't set it back when the end of a capture raises."""
+    now = ["the user's"]
+    driver()
+
+    @contextmanager
+    def breaks(body, stream, capture_error_mode):
+        now.append(stream)
+        yield
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+    @contextmanager
+    def set_back(side):
+        before = list(now)
+        now.append(side)
+        try:
+            yield
+        finally:
+            now[:] = before
+
+    monkeypatch.setattr(torch.cuda, "stream", set_back)
+    monkeypatch.setattr(torch.cuda, "graph", breaks)
+    with pytest.raises(WhileRefused, match="previous error during capture"):
+        looped(counting()[1], CPU)
+    assert now == ["the user's"]
 
 
 def test_the_calls_of_cuda_bindings_12(driver, monkeypatch):
@@ -285,6 +335,27 @@ def test_it_is_launched_on_its_own_device(monkeypatch, driver):
     assert launched == [CPU]
 
 
+def test_a_device_without_a_number_stays_the_one_it_was(monkeypatch, driver):
+    """Of a mere "cuda" the number is that of the current device, which may be another at the launch."""
+    driver()
+    loop, asked = looped(counting()[1], torch.device("cpu", 0)), []
+    monkeypatch.setattr(torch.cuda, "device", lambda of: asked.append(of) or nullcontext())
+    loop(3)
+    assert asked == [loop._left.device]
+
+
+def test_another_thread_waits_until_the_device_is_done(monkeypatch):
+    """In a stream of its own it would write the buffers while this thread's steps still run."""
+    sampler, held = Sampler(Net(), TABLES["ten"]), []
+    finite_samples = fastddpm.sampler.finite_samples
+    monkeypatch.setattr(
+        "fastddpm.sampler.finite_samples", lambda *given: held.append(sampler._lock.locked()) or finite_samples(*given)
+    )
+    sampler.sample((2, 5), seeds=0)
+    assert held == [True]
+    assert not sampler._lock.locked()
+
+
 def test_it_is_asked_for_by_name_and_is_nothing_on_a_cpu(monkeypatch):
     monkeypatch.setattr(graphs, "capture", None)
     made = [Sampler(Net(), TABLES["ten"], graph=g).sample((2, 5), seeds=0) for g in ("while", "auto")]
@@ -353,7 +424,7 @@ def captured(body, stream, capture_error_mode):
 
 made, stream = [], SimpleNamespace(cuda_stream=7, wait_stream=lambda _: None)
 fakes = dict(device=lambda _: nullcontext(), current_device=lambda: 0, current_stream=lambda _: stream,
-             Stream=lambda _: stream, CUDAGraph=Body, graph=captured)
+             Stream=lambda _: stream, stream=lambda _: nullcontext(), CUDAGraph=Body, graph=captured)
 for name, fake in fakes.items():
     setattr(torch.cuda, name, fake)
 there = ctypes.CDLL("libcuda.so.1")
@@ -447,6 +518,18 @@ ON_GPU = {
             made = sampler.sample((batch, 1, 16, 16), seeds=0)
             assert torch.equal(made, Sampler(net, table, graph=False).sample((batch, 1, 16, 16), seeds=0))
         assert len(sampler._captured) == 4
+    """,
+    "threads_in_streams_of_their_own": """
+        import threading
+        sampler, made = Sampler(net, table, graph="while"), {}
+        def work(seed):
+            with torch.cuda.stream(torch.cuda.Stream()):
+                made[seed] = sampler.sample((2, 1, 16, 16), seeds=seed)
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
+        for thread in threads: thread.start()
+        for thread in threads: thread.join()
+        for seed in range(6):
+            assert torch.equal(made[seed], Sampler(net, table, graph=False).sample((2, 1, 16, 16), seeds=seed))
     """,
     "in_another_stream": """
         expected = Sampler(net, table, graph=False).sample((2, 1, 16, 16), seeds=0)
