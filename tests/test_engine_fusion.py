@@ -32,7 +32,7 @@ def all_norms(lowered: Lowered) -> list[Norm]:
 @given(configs())
 def test_each_channel_of_each_norm_is_made_once_and_nothing_unread_is_written(config):
     plain = lower(config, config.sample_size, config.sample_size)
-    lowered = fused(plain)
+    lowered = fused(plain, 2)
     channels = defaultdict(list)
     for norm in all_norms(lowered):
         group = norm.channels_in // norm.groups
@@ -55,7 +55,7 @@ def test_each_channel_of_each_norm_is_made_once_and_nothing_unread_is_written(co
 
 def test_the_cifar_network_keeps_two():
     """Their groups of 12 channels lie in two sources at once: 256 + 128 channels in 32 groups."""
-    lowered = fused(lower(CIFAR, 32, 32))
+    lowered = fused(lower(CIFAR, 32, 32), 2)
     assert alone(lowered) == {"up_blocks.2.resnets.2.norm1", "up_blocks.3.resnets.0.norm1"}
     raw = {operation.name for operation in lowered.operations if isinstance(operation, Product) and not operation.raw}
     assert {f"down_blocks.2.resnets.{j}.conv1" for j in (0, 1)} < raw  # norm2 alone reads them
@@ -63,7 +63,7 @@ def test_the_cifar_network_keeps_two():
 
 
 def test_a_skip_connection_is_normalised_for_both_that_read_it():
-    lowered = fused(lower(CIFAR, 32, 32))
+    lowered = fused(lower(CIFAR, 32, 32), 2)
     (down,) = (operation for operation in lowered.operations if operation.name == "down_blocks.2.resnets.0.conv2")
     assert [(norm.name, norm.groups, norm.first) for norm in down.norms] == [
         ("down_blocks.2.resnets.1.norm1", 32, 0),
@@ -87,4 +87,4 @@ def test_what_does_not_fit_stays(fields):
     plain = lower(config, config.sample_size, config.sample_size)
     first = {norm.name for norm in all_norms(plain) if norm.name.startswith("down_blocks.0")}
     assert first
-    assert first <= alone(fused(plain))
+    assert first <= alone(fused(plain, 2))

@@ -10,21 +10,25 @@ from collections import defaultdict
 from dataclasses import replace
 from itertools import accumulate, chain
 
-import torch
 from fastddpm_kernels.conv_norm import can_exchange
 
 from .lowering import Lowered
 from .operations import Conv, Norm, Operation, Product, Value
 
 
-def fused(lowered: Lowered) -> Lowered:
-    """The same network with its norms in convolutions and projections, where `_parts` allows it."""
+def fused(lowered: Lowered, itemsize: int) -> Lowered:
+    """The same network with its norms in convolutions and projections, where those can make them.
+
+    Args:
+        lowered: with each norm an operation of its own.
+        itemsize: bytes of an activation.
+    """
     makers = {operation.out: operation for operation in lowered.operations}
     gained: dict[Value, list[Norm]] = defaultdict(list)  # by what is normalised
     instead: dict[Value, tuple[Value, ...]] = {}  # of a norm's output: that of its parts
     fresh = 1 + max(operation.out.index for operation in lowered.operations)
     for norm in lowered.operations:
-        if not isinstance(norm, Norm) or not _fits(norm, makers, gained):
+        if not isinstance(norm, Norm) or not _fits(norm, makers, gained, itemsize):
             continue
         parts = _parts(norm, fresh)
         fresh += len(parts)
@@ -37,7 +41,7 @@ def fused(lowered: Lowered) -> Lowered:
     return replace(lowered, operations=made)
 
 
-def _fits(norm: Norm, makers: dict[Value, Operation], gained: dict[Value, list[Norm]]) -> bool:
+def _fits(norm: Norm, makers: dict[Value, Operation], gained: dict[Value, list[Norm]], itemsize: int) -> bool:
     """Whether the operations that make the norm's sources can normalise them: each has whole groups of the norm's."""
     group = norm.channels_in // norm.groups
     return all(
@@ -47,7 +51,7 @@ def _fits(norm: Norm, makers: dict[Value, Operation], gained: dict[Value, list[N
             source.height * source.width,
             source.channels,
             [*(other.channels_in // other.groups for other in gained[source]), group],
-            torch.bfloat16,
+            itemsize,
             up=isinstance(maker, Conv) and maker.up,
         )
         for source in norm.sources

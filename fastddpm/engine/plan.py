@@ -33,7 +33,7 @@ class Plan:
     @classmethod
     def of(cls, config: UNetConfig, batch: int, height: int, width: int, element_bytes: int) -> Plan:
         """Lower the network, and place its values: where two are never needed at once, they may share memory."""
-        lowered = fused(lower(config, height, width))
+        lowered = fused(lower(config, height, width), element_bytes)
         placed = _placed(lowered, batch * element_bytes)
         memory = max(offset + _size(value, batch * element_bytes) for value, offset in placed.items())
         return cls(lowered, batch, element_bytes, {value.index: offset for value, offset in placed.items()}, memory)

@@ -40,13 +40,14 @@ class Scratch(NamedTuple):
     counters: int
 
 
-def can_exchange(pixels: int, cout: int, groups: Sequence[int], dtype: torch.dtype, *, up: bool = False) -> bool:
+def can_exchange(pixels: int, cout: int, groups: Sequence[int], itemsize: int, *, up: bool = False) -> bool:
     """Whether `launch_conv` takes norms of these groups: by shape, never by the batch.
 
     Args:
         pixels: of a sample's output, OH OW.
         cout: output channels.
         groups: each norm's channels a group; one or two.
+        itemsize: bytes of an activation: float32's tiles are smaller.
         up: whether the convolution is of the doubled image.
     """
     phases = 4 if up else 1
@@ -54,7 +55,7 @@ def can_exchange(pixels: int, cout: int, groups: Sequence[int], dtype: torch.dty
         return False
     if any(group & (group - 1) or group > WIDEST or cout % group for group in groups):
         return False
-    side = 64 if dtype == torch.float32 else 128
+    side = 128 if itemsize == 2 else 64
     return programs(Tile(side, side, 0, 0, 0), pixels // phases, phases, cout) <= TOGETHER
 
 
