@@ -12,6 +12,7 @@ from helpers import DEVICE, Guarded, fenced, store_error
 from hypothesis import given
 from hypothesis import strategies as st
 
+EPS = 1e-3  # not the default
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -52,7 +53,7 @@ class Case:
         if out is None:
             out = torch.full((batch, *self.shape[1:]), math.nan, dtype=self.dtype, device=DEVICE)
         if self.norm is not None:
-            options |= dict(norm=tuple(map(fenced, self.norm)), groups=self.groups)
+            options |= dict(norm=tuple(map(fenced, self.norm)), groups=self.groups, eps=EPS)
         if self.film is not None:
             table = torch.full((batch, self.film.shape[1] + 7), math.nan)  # the rows are some of its columns
             table[:, 4:-3] = take(self.film)
@@ -70,7 +71,7 @@ class Case:
         second = self.sources[1] if len(self.sources) > 1 else None
         return conv1d(
             self.sources[0], self.weight, self.bias, second=second, stride=self.stride, up=self.up, norm=self.norm,
-            groups=self.groups or 1, film=self.film, residual=self.residual, dtype=dtype,
+            groups=self.groups or 1, eps=EPS, film=self.film, residual=self.residual, dtype=dtype,
         )  # fmt: skip
 
     def bound(self, exact):
@@ -84,7 +85,7 @@ class Case:
             second = self.sources[1] if len(self.sources) > 1 else None
             y = conv1d(self.sources[0], self.weight, self.bias, second=second, stride=self.stride, up=self.up)
             within = y.reshape(len(y), y.shape[1], self.groups, -1)
-            spread = within.var((1, 3), correction=0).add(1e-5).sqrt().amin()
+            spread = within.var((1, 3), correction=0).add(EPS).sqrt().amin()
             grown = 1 + 4 * float(self.norm[0].abs().amax() / spread)
         if self.film is not None:
             grown *= 1 + float(self.film.abs().amax())

@@ -52,4 +52,4 @@ def rows_of(batch: int, positions: int) -> int:
 
     The order of the sums is the same in all.
     """
-    return max(16, positions, min(64, triton.next_power_of_2(batch * positions)))
+    return max(16, min(LONGEST, triton.next_power_of_2(batch * positions)))
