@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import re
 
+import policy_networks
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -373,3 +374,10 @@ def test_a_sampler_asks_whether_the_time_steps_are_there(monkeypatch):
         Sampler(fast, table).sample((1, 3, 4, 4), seeds=0)
     Sampler(fast, solvers.ddim(NoiseSchedule.linear(50), 4)).sample((1, 3, 4, 4), seeds=0)
     fast.check_timesteps([59.5, 3.0])  # not whole: computed
+
+
+def test_compile_takes_a_policys_network_too():
+    assert type(engine.compile(policy_networks.made(), horizon=8)) is engine.PolicyEngine
+    assert type(engine.compile(made(CIFAR))) is engine.Engine
+    with pytest.raises(InputError, match="is a Linear; needed: a fastddpm.UNet .* ConditionalUnet1D"):
+        engine.compile(torch.nn.Linear(2, 2))

@@ -51,7 +51,10 @@ class Engine(nn.Module):
     ) -> None:
         super().__init__()
         if not isinstance(unet, UNet):
-            raise InputError(f"the model is a {type(unet).__name__}; needed: a fastddpm.UNet (UNet.from_pretrained)")
+            raise InputError(
+                f"the model is a {type(unet).__name__}; needed: a fastddpm.UNet "
+                "(UNet.from_pretrained), or a policy's ConditionalUnet1D"
+            )
         if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             raise InputError(f"dtype is {dtype}; allowed: torch.bfloat16, torch.float16, torch.float32, torch.float64")
         for name, number in (("batch", batch), ("steps", steps)):
