@@ -328,6 +328,7 @@ def test_by_the_kernel(dtype, lerobot, scale):
         fast = engine(x, t, global_cond=cond)
         assert fast.dtype == dtype
         assert fast.is_contiguous()
+        assert fast.untyped_storage().nbytes() == fast.nbytes  # it keeps no other memory
         # Triton's interpreter truncates to bfloat16: a whole ulp at each store, where eager rounds.
         truncated = 2 if dtype == torch.bfloat16 else 1
         assert rms(fast - truth) <= 2 * truncated * rms(eager - truth) + 5e-7
