@@ -97,6 +97,13 @@ def test_the_countdown_ends_even_where_it_began_at_nothing(left, again):
     assert (memory.value, said) == (left - 1, {11: again})
 
 
+@pytest.mark.parametrize("graph", ["auto", True])
+def test_it_is_off_unless_asked_for(monkeypatch, driver, graph):
+    cuda, fake = driver(), FakeGraphs(monkeypatch)
+    Sampler(Net(), TABLES["ten"], graph=graph).sample((2, 5), seeds=0)
+    assert (cuda.calls, fake.replays) == ([], {10: 1})
+
+
 def test_two_loops_have_countdowns_of_their_own(driver):
     driver()
     (some, first), (others, second) = counting(), counting()
@@ -383,7 +390,8 @@ def test_the_kernel_assembles_and_leaves_one_function_to_the_driver(tmp_path, ta
 
 
 THROUGH_THE_BINDINGS = """
-import ctypes, gc, sys
+import atexit, ctypes, gc, os, sys
+atexit.register(lambda: alive.value == at_exit or os._exit(1))  # before any finalizer's, so after it: nothing was freed
 from types import SimpleNamespace
 from contextlib import contextmanager, nullcontext
 import torch
@@ -443,6 +451,7 @@ before = alive.value
 del loop
 gc.collect()
 assert before - alive.value == 2, (before, alive)
+kept, at_exit = while_graph.looped(body, torch.device("cpu")), alive.value
 """
 
 
