@@ -105,19 +105,10 @@ def inspect(compiled: Any, options: dict[str, Any]) -> dict[str, Any]:
         "unit": next((op.split(".")[0] for op in sass if op.startswith(("HMMA", "HGMMA", "UTCHMMA"))), ""),
         "asynchronous": dict(Counter(op for op in sass if op.startswith("LDGSTS"))),
         "stores": dict(Counter(op for op in sass if op.startswith("STG"))),
-        "in_loop": in_loop(sass),
         "exchange": exchange(ptx, sass),
         "shuffles": sum(op.startswith("SHFL") for op in sass),
         "instructions": sum(not op.startswith("NOP") for op in sass),
     }
-
-
-def in_loop(sass: list[str]) -> int:
-    """Local accesses between the branches around the products."""
-    products = [i for i, op in enumerate(sass) if op.startswith(("HMMA", "HGMMA", "UTCHMMA"))]
-    start = max((i for i, op in enumerate(sass[: products[0]]) if op.startswith("BRA")), default=0)
-    stop = next(i for i, op in enumerate(sass) if i > products[-1] and op.startswith("BRA"))
-    return sum(op.startswith(("LDL", "STL")) for op in sass[start:stop])
 
 
 def exchange(ptx: list[str], sass: list[str]) -> str:

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from triton.runtime import driver
 
-from .conv_finish import added, all_there, leave, merged, moments, store_norm
+from .conv_finish import added, all_there, leave, merged, moments, store_norm, store_raw
 from .conv_norm import NormOut
 from .conv_parts import accumulate, begin, rows_left
 from .conv_reference import COLUMNS
@@ -253,8 +253,7 @@ def conv_kernel(
             total *= scale
         begins = sample * out_pixels * cout
         if RAW:
-            place = out_ptr + begins + ((to * cout)[:, None] + n[None, :])
-            tl.store(place, total.to(out_ptr.dtype.element_ty), valid[:, None] & there[None, :])
+            store_raw(total, out_ptr + begins + to * cout, column, cout, valid, FULL_COUT)
         if NORMS > 0:
             PARTS: tl.constexpr = 1 << (PIXEL_BITS - PART_BITS)  # of a sample
             IMAGES: tl.constexpr = (BLOCK_M * PHASES + (1 << PIXEL_BITS) - 1) >> PIXEL_BITS  # in a tile

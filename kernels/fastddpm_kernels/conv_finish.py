@@ -328,3 +328,17 @@ def store_norm(
             y = silu_of(y)
         at = out_ptr + start + (place[:, None] + n[None, :])
         tl.store(at, y.to(out_ptr.dtype.element_ty).reshape(M, N), valid[:, None] & there[None, :])
+
+
+@triton.jit
+def store_raw(values, at, column, cout, valid, FULL_COUT: tl.constexpr):
+    """Round and store. 64 columns at once, as `store_norm`: wider moves to the store's layout take more registers."""
+    N: tl.constexpr = values.shape[1]
+    if N > 64:
+        low, high = column_halves(values)
+        store_raw(low, at, column, cout, valid, FULL_COUT)
+        store_raw(high, at, column + N // 2, cout, valid, FULL_COUT)
+    else:
+        n = column + tl.arange(0, N)
+        there = tl.full((N,), True, tl.int1) if FULL_COUT else n < cout
+        tl.store(at[:, None] + n[None, :], values.to(at.dtype.element_ty), valid[:, None] & there[None, :])
