@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from functools import lru_cache
-from importlib.util import find_spec
 from itertools import chain
-from typing import Any, Self
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import InputError
 from ..unet import UNet
 from . import on_torch, on_triton
+from .base import Compiled, kernels_run
 from .lowering import uses
 from .on_torch import Inputs
 from .operations import Conv, Operation, Product
@@ -21,7 +20,7 @@ from .plan import Plan
 from .time_path import TimePath
 
 
-class Engine(nn.Module):
+class Engine(Compiled):
     """A UNet that runs fast: ``Sampler(engine.compile(unet, batch=16), table)``. ``print(engine)`` shows its plan.
 
     The weights are copies: `compile` again after changing or moving those of the UNet. It computes what the UNet does
@@ -49,17 +48,12 @@ class Engine(nn.Module):
         steps: int = 1000,
         kernels: bool | None = None,
     ) -> None:
-        super().__init__()
         if not isinstance(unet, UNet):
             raise InputError(
                 f"the model is a {type(unet).__name__}; needed: a fastddpm.UNet "
                 "(UNet.from_pretrained), or a policy's ConditionalUnet1D"
             )
-        if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            raise InputError(f"dtype is {dtype}; allowed: torch.bfloat16, torch.float16, torch.float32, torch.float64")
-        for name, number in (("batch", batch), ("steps", steps)):
-            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-                raise InputError(f"{name} is {number!r}; allowed: an integer of at least 1")
+        super().__init__(dtype, batch=batch, steps=steps)
         if size is None and unet.config.sample_size is None:
             raise InputError("the UNet's config has no sample_size: give size=(height, width) of the images")
         if size is not None and (not isinstance(size, tuple) or len(size) != 2):
@@ -71,20 +65,19 @@ class Engine(nn.Module):
         lowered = self.plan.lowered
         self.time_path = TimePath(unet, lowered, steps)
         self.check_shape = self.time_path.unet.check_shape
-        self.dtype_ = nn.Parameter(torch.empty(0, dtype=dtype, device=unet.conv_in.weight.device), requires_grad=False)
+        self.place(unet.conv_in.weight.device, dtype)
         if kernels and dtype == torch.float64:
             raise InputError("the kernels take no torch.float64: leave kernels out, or give another dtype")
-        able = self.dtype_.device.type == "cuda" and dtype != torch.float64 and find_spec("triton") is not None
-        self._own = able if kernels is None else kernels
+        self._own = kernels_run(self.dtype_.device, dtype) if kernels is None else kernels
         makers: Any = on_triton.MAKERS if self._own else on_torch.MAKERS
         with torch.no_grad():
             self._runs = [makers[type(operation)](operation, unet, dtype) for operation in lowered.operations]
         self._dies = {value.index: last for value, _, last in uses(lowered)}
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of the activations."""
-        return self.dtype_.dtype
+    def known_timesteps(self) -> int | None:
+        """How many rows the table of time steps has; None for a network with classes, which has none."""
+        return None if self.time_path.table is None else len(self.time_path.table)
 
     @torch.no_grad()
     def forward(self, x: Tensor, t: Tensor | float, class_labels: Tensor | None = None) -> Tensor:
@@ -141,34 +134,6 @@ class Engine(nn.Module):
         last = plan.lowered.out.index
         made[last] = torch.empty_like(made[last], memory_format=torch.contiguous_format)
         return made
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Refuse another device or dtype: the operations hold weights that were laid out for these."""
-        then = fn(self.dtype_.data)
-        if (then.device, then.dtype) != (self.dtype_.device, self.dtype):
-            raise InputError(
-                f"the engine was compiled for {self.dtype_.device} and {self.dtype}, and can't be moved to "
-                f"{then.device} and {then.dtype}: move the UNet, and compile again with dtype={then.dtype}"
-            )
-        return self
-
-    def check_timesteps(self, t: Sequence[float]) -> None:
-        """Raise `InputError` where whole time steps are outside the table, on a GPU, where a call doesn't look."""
-        table = self.time_path.table
-        if table is None or not self._trusts_t or not all(float(step).is_integer() for step in t):
-            return
-        if not 0 <= min(t) <= max(t) < len(table):
-            raise InputError(
-                f"time steps are {min(t):g} ... {max(t):g}; this engine has those below {len(table)}: "
-                f"engine.compile(unet, steps={int(max(t)) + 1})"
-            )
-
-    @property
-    def _trusts_t(self) -> bool:
-        return self.dtype_.device.type != "cpu"
-
-    def __repr__(self) -> str:
-        return str(self.plan)
 
 
 _plan = lru_cache(maxsize=16)(Plan.of)  # by size and batch; for all engines and threads

@@ -70,21 +70,21 @@ def _finished(operation: Product, unet: UNet, dtype: torch.dtype) -> Callable[[T
 
 
 def _conv(operation: Conv, unet: UNet, dtype: torch.dtype) -> Run:
-    pad = operation.padding
+    pad, stride = operation.padding, operation.stride
     module: Any = unet.get_submodule(operation.name)
-    convolve = _convolution(module.weight, module.bias, dtype, operation.stride, pad)
+    convolve = convolution(module.weight, module.bias, dtype, (stride, stride), (pad, pad))
     finished = _finished(operation, unet, dtype)
     shortcuts: list[Callable[[Tensor], Tensor]] = []
     if operation.shortcut:
         whole: Any = unet.get_submodule(operation.shortcut_name)
         parts = whole.weight.split([source.channels for source in operation.shortcut], dim=1)
-        shortcuts = [_convolution(part, None if i else whole.bias, dtype, 1, 0) for i, part in enumerate(parts)]
+        shortcuts = [convolution(part, None if i else whole.bias, dtype) for i, part in enumerate(parts)]
 
     def run(given: Inputs) -> list[Tensor]:
         x = given.sample()
         if operation.up:
             x = F.interpolate(x, scale_factor=2.0, mode="nearest")
-        elif operation.stride == 2 and pad == 0:
+        elif stride == 2 and pad == 0:
             x = F.pad(x, (0, 1, 0, 1))
         y = convolve(x)
         if operation.time is not None:
@@ -98,20 +98,30 @@ def _conv(operation: Conv, unet: UNet, dtype: torch.dtype) -> Run:
     return run
 
 
-def _convolution(
-    weight: Tensor, bias: Tensor | None, dtype: torch.dtype, stride: int, padding: int
+def convolution(
+    weight: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
 ) -> Callable[[Tensor], Tensor]:
+    """The convolution with these weights, [c_out, c_in, h, w]: copies of them, laid out for oneDNN where it does it."""
     weight = weight.detach().to(dtype, copy=True, memory_format=torch.channels_last)
     bias = None if bias is None else bias.detach().to(dtype, copy=True)
-    if weight.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and _has_onednn():
-        where = [padding] * 2, [stride] * 2, [1, 1], 1
+    if packs(weight):
+        where = list(padding), list(stride), [1, 1], 1
         packed = torch._C._nn.mkldnn_reorder_conv2d_weight(weight.contiguous().to_mkldnn(), *where)
         point = torch.ops.mkldnn._convolution_pointwise
         return lambda x: point(x, packed, bias, *where, "none", [], "")
     return partial(F.conv2d, weight=weight, bias=bias, stride=stride, padding=padding)
 
 
-def _has_onednn() -> bool:
+def packs(weight: Tensor) -> bool:
+    """Whether oneDNN does its convolutions, and takes a weight that was laid out before."""
+    return weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16) and has_onednn()
+
+
+def has_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
 
 

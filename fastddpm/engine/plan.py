@@ -1,4 +1,4 @@
-"""A UNet as one page: its operations, where in one block of memory each value lies, and what all of it costs."""
+"""A network as one page: its operations, where in one block of memory each value lies, and what all of it costs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ALIGNED = 256  # bytes: what CUDA's allocator gives, and more than any access is
 
 @dataclass(frozen=True)
 class Plan:
-    """What `Engine` runs.
+    """What an engine runs.
 
     Attributes:
         lowered: the operations.
@@ -32,8 +32,12 @@ class Plan:
 
     @classmethod
     def of(cls, config: UNetConfig, batch: int, height: int, width: int, element_bytes: int) -> Plan:
-        """Lower the network, and place its values: where two are never needed at once, they may share memory."""
-        lowered = fused(lower(config, height, width), element_bytes)
+        """The plan of an image network: lowered, its norms in the operations before them, its values placed."""
+        return cls.of_lowered(fused(lower(config, height, width), element_bytes), batch, element_bytes)
+
+    @classmethod
+    def of_lowered(cls, lowered: Lowered, batch: int, element_bytes: int) -> Plan:
+        """Place the values of these operations: where two are never needed at once, they may share memory."""
         placed = _placed(lowered, batch * element_bytes)
         memory = max(offset + _size(value, batch * element_bytes) for value, offset in placed.items())
         return cls(lowered, batch, element_bytes, {value.index: offset for value, offset in placed.items()}, memory)

@@ -54,12 +54,12 @@ class TimePath(nn.Module):
     def forward(self, batch: int, t: Tensor | float, class_labels: Tensor | None) -> Tensor:
         """The rows of each sample, [batch, columns], in the UNet's dtype; t is a number, or a tensor [] or [batch]."""
         table = self.table
-        if table is None or class_labels is not None or not _tabled(t, batch, table):
+        if table is None or class_labels is not None or not tabled(t, batch, table):
             return F.linear(self.unet.embedding(t, batch, class_labels), self.weight, self.bias)
         return table.index_select(0, t)
 
 
-def _tabled(t: Tensor | float, batch: int, table: Tensor) -> TypeGuard[Tensor]:
+def tabled(t: Tensor | float, batch: int, table: Tensor) -> TypeGuard[Tensor]:
     """Whether the table has these. On a GPU nobody looks: there an integer is taken to be one of its rows."""
     if not isinstance(t, Tensor) or t.shape != (batch,) or t.device != table.device:
         return False

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import InputError
+from ..base import Compiled, kernels_run
 from ..lowering import uses
 from ..plan import Plan
 from . import on_torch, on_triton
 from .film import FilmRows
-from .lowering import at_horizon, lower, operations_of, plan_of
+from .lowering import at_horizon, lower, operations_of
 from .network import read
 
 
-class PolicyEngine(nn.Module):
+class PolicyEngine(Compiled):
     """A policy's UNet that runs fast: ``PolicyEngine(policy.model)``. ``print(engine)`` shows its plan.
 
     The weights are copies: make another after changing or moving those of the UNet. It computes what the UNet does in
@@ -50,19 +51,14 @@ class PolicyEngine(nn.Module):
         steps: int = 100,
         kernels: bool | None = None,
     ) -> None:
-        super().__init__()
-        if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            raise InputError(f"dtype is {dtype}; allowed: torch.bfloat16, torch.float16, torch.float32, torch.float64")
-        for name, number in (("batch", batch), ("horizon", horizon), ("steps", steps)):
-            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-                raise InputError(f"{name} is {number!r}; allowed: an integer of at least 1")
+        super().__init__(dtype, batch=batch, horizon=horizon, steps=steps)
         network = read(unet)
         first: Any = unet.get_submodule(network.downs[0].first.first.conv)
         self.channels = first.in_channels
         self.multiple = 2 ** sum(bool(level.resample) for level in network.downs)
         self.check_shape((horizon, self.channels))
         lowered = lower(network, unet, horizon)
-        self.plan = plan_of(lowered, batch, dtype.itemsize)
+        self.plan = Plan.of_lowered(lowered, batch, dtype.itemsize)
         self._plan = lru_cache(maxsize=16)(self._planned)  # by batch and horizon; for all threads
         self._own = self._uses_kernels(kernels, dtype, first.weight.device)
         maker = on_triton.maker if self._own else on_torch.maker
@@ -70,13 +66,13 @@ class PolicyEngine(nn.Module):
             wide = torch.float64 if dtype == torch.float64 else torch.float32
             self.film = FilmRows(unet, lowered, steps, wide)
             self._runs: list[Any] = [maker(operation, unet, dtype) for operation in operations_of(self.plan.lowered)]
-        self.dtype_ = nn.Parameter(torch.empty(0, dtype=dtype, device=first.weight.device), requires_grad=False)
+        self.place(first.weight.device, dtype)
         self._dies = {value.index: last for value, _, last in uses(lowered)}
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of the activations."""
-        return self.dtype_.dtype
+    def known_timesteps(self) -> int:
+        """How many rows the table of time steps has."""
+        return len(self.film.table)
 
     @torch.no_grad()
     def forward(
@@ -108,16 +104,6 @@ class PolicyEngine(nn.Module):
             raise InputError(
                 f"trajectories have shape {tuple(shape)}; the network takes (horizon, {self.channels}), "
                 f"horizon a multiple of {self.multiple}"
-            )
-
-    def check_timesteps(self, t: Sequence[float]) -> None:
-        """Raise `InputError` where whole time steps are outside the table, on a GPU, where a call doesn't look."""
-        if self.dtype_.device.type == "cpu" or not all(float(step).is_integer() for step in t):
-            return
-        low, high, known = min(t), max(t), len(self.film.table)
-        if not 0 <= low <= high < known:
-            raise InputError(
-                f"time steps are {low:g} ... {high:g}; this engine has those below {known}: give steps={int(high) + 1}"
             )
 
     def _check(self, x: Tensor) -> None:
@@ -164,7 +150,7 @@ class PolicyEngine(nn.Module):
 
     def _planned(self, batch: int, horizon: int) -> tuple[Plan, int, list[slice]]:
         """The plan for a call, elements of its partial sums, and each operation's counters."""
-        plan = plan_of(at_horizon(self.plan.lowered, horizon), batch, self.dtype.itemsize)
+        plan = Plan.of_lowered(at_horizon(self.plan.lowered, horizon), batch, self.dtype.itemsize)
         if not all(map(on_triton.fits, operations_of(plan.lowered))):
             raise InputError(f"the kernel doesn't take horizon {horizon}: compile with kernels=False")
         return plan, *on_triton.scratch_of(plan, self.dtype)
@@ -173,20 +159,7 @@ class PolicyEngine(nn.Module):
         able = dtype != torch.float64 and all(map(on_triton.fits, operations_of(self.plan.lowered)))
         if asked and not able:
             raise InputError("the kernel takes no torch.float64, horizon over 64 or group over 128: leave kernels out")
-        return able and device.type == "cuda" if asked is None else asked
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Refuse another device or dtype: the operations hold weights that were laid out for these."""
-        then = fn(self.dtype_.data)
-        if (then.device, then.dtype) != (self.dtype_.device, self.dtype):
-            raise InputError(
-                f"the engine was compiled for {self.dtype_.device} and {self.dtype}, and can't be moved to "
-                f"{then.device} and {then.dtype}: move the UNet, and compile again with dtype={then.dtype}"
-            )
-        return self
-
-    def __repr__(self) -> str:
-        return str(self.plan)
+        return able and kernels_run(device, dtype) if asked is None else asked
 
 
 class ConditionedPolicy(nn.Module):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ...errors import InputError
 from ..lowering import Lowered
-from ..time_path import _tabled
+from ..time_path import tabled
 
 
 class FilmRows(nn.Module):
@@ -52,7 +52,7 @@ class FilmRows(nn.Module):
         if t.shape not in ((), (1,), (batch,)):
             raise InputError(f"t has shape {tuple(t.shape)}; the network takes a number, or a tensor [] or [{batch}]")
         t = t.expand(batch)
-        if _tabled(t, batch, self.table):
+        if tabled(t, batch, self.table):
             return self.table.index_select(0, t)
         return self._computed(t)
 

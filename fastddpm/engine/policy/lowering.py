@@ -10,7 +10,6 @@ from torch import nn
 from ...errors import InputError
 from ..lowering import Lowered
 from ..operations import Operation, Value
-from ..plan import Plan, _placed, _size
 from .network import Block, Level, Network, Residual
 
 
@@ -49,13 +48,6 @@ class Conv1d(Operation):
         words += ["scale, shift" if self.modulates else "shift"] if self.film else []
         words += ["+ residual"] if self.residual else []
         return ", ".join(words)
-
-
-def plan_of(lowered: Lowered, batch: int, element_bytes: int) -> Plan:
-    """The plan of these operations: values in one block, by liveness."""
-    placed = _placed(lowered, batch * element_bytes)
-    memory = max(offset + _size(value, batch * element_bytes) for value, offset in placed.items())
-    return Plan(lowered, batch, element_bytes, {value.index: offset for value, offset in placed.items()}, memory)
 
 
 def at_horizon(lowered: Lowered, horizon: int) -> Lowered:

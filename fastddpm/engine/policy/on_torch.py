@@ -7,14 +7,13 @@ that in each call, which at batch 1 takes longer than the convolution.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..on_torch import _has_onednn
+from ..on_torch import convolution, packs
 from .lowering import Conv1d
 
 PART = 256  # channels
@@ -29,7 +28,7 @@ def maker(operation: Conv1d, module: nn.Module, dtype: torch.dtype) -> Run:
     if operation.up:
         weight, bias = torch.cat(transposed_phases(weight)[::-1]), torch.cat([bias, bias])
     padding = 1 if operation.up else operation.kernel // 2
-    convolve = _in_parts(weight.to(dtype), bias.to(dtype, copy=True), operation.stride, padding)
+    convolve = _in_parts(weight[:, :, None].to(dtype), bias, dtype, operation.stride, padding)
     finish = _finished(operation, module, dtype)
 
     def run(sources: list[Tensor], rows: Tensor, residual: Tensor | None) -> Tensor:
@@ -82,17 +81,20 @@ def _finished(operation: Conv1d, module: nn.Module, dtype: torch.dtype) -> Calla
     return finish
 
 
-def _in_parts(weight: Tensor, bias: Tensor, stride: int, padding: int) -> Callable[[Tensor], Tensor]:
+def _in_parts(
+    weight: Tensor, bias: Tensor, dtype: torch.dtype, stride: int, padding: int
+) -> Callable[[Tensor], Tensor]:
     """A convolution; oneDNN's in float32 as the sum of some, of PART channels each.
 
     It adds all products one after another: of 2048 channels x 5 taps with five times the error of `nn.Conv1d` at batch
     8, and slower than in parts. (In bfloat16 each part would be rounded.)
     """
-    if not (_packs(weight) and weight.dtype == torch.float32 and weight.shape[1] > PART):
-        return _convolution(weight, bias, stride, padding)
+    where = (1, stride), (0, padding)
+    if not (packs(weight) and dtype == torch.float32 and weight.shape[1] > PART):
+        return convolution(weight, bias, dtype, *where)
     first, *others = weight.split(PART, dim=1)
-    begin = _convolution(first, bias, stride, padding)
-    more = [_convolution(part, torch.zeros_like(bias), stride, padding) for part in others]
+    begin = convolution(first, bias, dtype, *where)
+    more = [convolution(part, None, dtype, *where) for part in others]
 
     def convolve(x: Tensor) -> Tensor:
         given, *rest = x.split(PART, dim=1)
@@ -102,18 +104,3 @@ def _in_parts(weight: Tensor, bias: Tensor, stride: int, padding: int) -> Callab
         return y
 
     return convolve
-
-
-def _packs(weight: Tensor) -> bool:
-    """Whether oneDNN's convolution takes a weight laid out before."""
-    return weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16) and _has_onednn()
-
-
-def _convolution(weight: Tensor, bias: Tensor, stride: int, padding: int) -> Callable[[Tensor], Tensor]:
-    weight = weight[:, :, None].clone(memory_format=torch.contiguous_format)
-    if _packs(weight):
-        where = [0, padding], [1, stride], [1, 1], 1
-        packed = torch._C._nn.mkldnn_reorder_conv2d_weight(weight.to_mkldnn(), *where)
-        point = torch.ops.mkldnn._convolution_pointwise
-        return lambda x: point(x, packed, bias, *where, "none", [], "")
-    return partial(F.conv2d, weight=weight, bias=bias, stride=(1, stride), padding=(0, padding))
