@@ -318,6 +318,37 @@ def test_the_policy_front_over_it():
     assert torch.equal(once, ours)
 
 
+def test_the_policy_front_does_the_observations_part_once_a_call(monkeypatch):
+    """Bit for bit what the engine gives that is told of them at each step; of several batch sizes, in any mode."""
+    pytest.importorskip("diffusers", reason="diffusers has the policies' schedulers")
+    from fastddpm.integrations.diffusion_policy import PolicySampler
+
+    table = solvers.ddim(NoiseSchedule.linear(100), 5)
+    engine = PolicyEngine(made(**SMALL), horizon=8, dtype=torch.float32)
+    counted, plain = [], engine.film.observation
+
+    def observation(batch, cond):
+        counted.append(batch)
+        return plain(batch, cond)
+
+    monkeypatch.setattr(engine.film, "observation", observation)
+    policy = PolicySampler(engine, table)
+    for seed, batch in enumerate((3, 3, 1, 3)):
+        _, _, cond = given(made(**SMALL), batch, seed=seed)
+        told = Sampler(engine, table).sample((batch, 8, 2), seeds=seed, model_kwargs={"global_cond": cond})
+        assert len(counted) == 5
+        counted.clear()
+        with torch.inference_mode(seed == 0):
+            once = policy.sample((batch, 8, 2), seeds=seed, global_cond=cond)
+        assert counted == [batch]
+        counted.clear()
+        assert torch.equal(once, told)
+    with pytest.raises(InputError, match="3 trajectories, and there are 1 observations"):
+        policy.sample((3, 8, 2), seeds=0, global_cond=cond[:1])
+    with pytest.raises(InputError, match="no local_cond"):
+        policy.sample((3, 8, 2), seeds=0, global_cond=cond, local_cond=torch.zeros(3, 8, 1))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("lerobot, scale", [(False, True), (True, False)])
 def test_by_the_kernel(dtype, lerobot, scale):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from ..buffers import initial_noise
 from ..errors import ConfigError, InputError
+from ..graphs import RecentlyUsed
 from ..pretrained import SchedulerConfig
 from ..sampler import Sampler
 from ..seeds import sample_seeds
@@ -27,7 +29,8 @@ class PolicySampler:
     """The sampling loop of a diffusion policy, to be called again and again.
 
     Args:
-        model: any callable model(x, t, **given), as in `conditional_sample`.
+        model: any callable model(x, t, **given), as in `conditional_sample`. Of one that has `condition(global_cond)`, as
+            `engine.compile`'s of such a network, the observations' part is computed once a call, not once a step.
         scheduler: diffusers' DDPMScheduler or DDIMScheduler; or a `StepTable`, as ``solvers.dpm_solver(schedule, 8)``.
         num_inference_steps: how many steps; None: as many as the model was trained with. The scheduler's
             ``set_timesteps`` is called with it, as their loop does.
@@ -56,7 +59,10 @@ class PolicySampler:
             )
         rows = self.table.rows.copy()
         rows[:, [K_X, K_Z]] = 1.0, 0.0  # what is known is known without noise
-        self._sampler = Sampler(model, replace(self.table, rows=rows))
+        self._steps = replace(self.table, rows=rows)
+        self._sampler = Sampler(model, self._steps)
+        self._observing: RecentlyUsed[tuple[Any, Sampler]] = RecentlyUsed()  # of models that know their observations
+        self._lock = threading.Lock()  # held while one of those samples
 
     def sample(
         self,
@@ -110,16 +116,32 @@ class PolicySampler:
                 if tuple(given.shape) != tuple(shape):
                     raise InputError(f"{name} has shape {tuple(given.shape)}, shape is {tuple(shape)}; they must fit")
             x_T = torch.where(condition_mask.to(device), condition_data.to(device, x_T.dtype), x_T.to(device))
-        samples = sampler.sample(
-            shape,
+        options: dict[str, Any] = dict(
             seeds=0 if seeds is None else seeds,
             x_T=x_T,
             known=condition_data,
             mask=condition_mask,
-            model_kwargs={name: value for name, value in named.items() if value is not None},
             noise=None if seeds is not None else lambda row: draw() if self._draws[row] else None,
         )
-        return samples.to(dtype)
+        kwargs = {name: value for name, value in named.items() if value is not None}
+        if set(kwargs) == {"global_cond"} and hasattr(sampler.model, "condition"):
+            with self._lock:
+                return self._observed(kwargs["global_cond"].to(device)).sample(shape, **options).to(dtype)
+        return sampler.sample(shape, model_kwargs=kwargs, **options).to(dtype)
+
+    def _observed(self, global_cond: Tensor) -> Sampler:
+        """The sampler of the model with these observations: on a GPU its graph stays, and reads the new ones."""
+        made: list[Any] = []
+
+        def make() -> tuple[Any, Sampler]:
+            model: Any = self._sampler.model
+            made.append(model.condition(global_cond))
+            return made[0], Sampler(made[0], self._steps)
+
+        model, sampler = self._observing.get(len(global_cond), make)
+        if not made:
+            model.observe(global_cond)
+        return sampler
 
 
 def _randn(shape: Sequence[int], generator: torch.Generator | None, dtype: torch.dtype, device: torch.device) -> Tensor:

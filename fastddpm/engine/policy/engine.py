@@ -171,7 +171,10 @@ class ConditionedPolicy(nn.Module):
     def __init__(self, engine: PolicyEngine, global_cond: Tensor) -> None:
         super().__init__()
         self.engine = engine
-        self.rows = self._rows(global_cond)
+        rows = self._rows(global_cond)
+        with torch.inference_mode(False):  # memory that `observe` may write to, in whatever mode that is called
+            self.rows = torch.empty_like(rows)
+        self.rows.copy_(rows)
 
     @torch.no_grad()
     def observe(self, global_cond: Tensor) -> None:
