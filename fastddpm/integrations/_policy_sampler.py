@@ -29,8 +29,8 @@ class PolicySampler:
     """The sampling loop of a diffusion policy, to be called again and again.
 
     Args:
-        model: any callable model(x, t, **given), as in `conditional_sample`. Of one that has `condition(global_cond)`, as
-            `engine.compile`'s of such a network, the observations' part is computed once a call, not once a step.
+        model: any callable model(x, t, **given), as in `conditional_sample`. Of one that has `condition(global_cond)`,
+            as `engine.compile`'s of such a network, the observations' part is computed once a call, not once a step.
         scheduler: diffusers' DDPMScheduler or DDIMScheduler; or a `StepTable`, as ``solvers.dpm_solver(schedule, 8)``.
         num_inference_steps: how many steps; None: as many as the model was trained with. The scheduler's
             ``set_timesteps`` is called with it, as their loop does.
