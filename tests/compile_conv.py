@@ -20,6 +20,7 @@ import torch
 import triton
 from compile_kernels import CUOBJDUMP, TARGETS, launched
 from fastddpm_kernels import conv
+from fastddpm_kernels.conv_choice import Gpu
 from fastddpm_kernels.conv_norm import NormOut
 from triton.backends.compiler import GPUTarget
 
@@ -72,8 +73,7 @@ def launches(name: str, sm: int) -> list[Any]:
     out = zeros(b, side, side, c_out)
     options["norms"] = [norm_of(out, **norm) for norm in options.pop("norms", ())]
     raw = options.pop("raw", True)
-    conv._shared = lambda device: SHARED[sm]
-    conv._hopper = lambda device: sm == 90
+    conv.gpu_of = lambda device: Gpu("", SHARED[sm], sm == 90)
     return launched(conv, conv.launch_conv, zeros(b, h, h, c_in[0]), weight, bias, out if raw else None, **options)
 
 

@@ -6,13 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastddpm_kernels import attention_reference as reference
-from fastddpm_kernels.attention import (
-    AttentionTiles,
-    attention_tiles,
-    launch_attention,
-    launch_projection,
-    launch_qkv,
-)
+from fastddpm_kernels.attention import AttentionTiles, attention_tiles, launch_attention
 from fastddpm_kernels.linear import launch_linear, linear_tiles
 from helpers import DEVICE, Guarded, fenced, store_error
 from hypothesis import given
@@ -173,19 +167,17 @@ def test_heads_that_are_too_wide():
 # --- the products -----------------------------------------------------------------------------------------------------
 
 
-def product(x, weight, bias, residual=None, *, units=0, launch=launch_linear, **options):
+def product(x, weight, bias, residual=None, *, units=0, **options):
     """The output, float64, and the partial statistics or None."""
     b, t, _ = x.shape
     n = weight.shape[1]
     made = Guarded((b, t, n), x.dtype)
-    options |= {} if residual is None or launch is launch_projection else {"residual": residual}
     statistics = None
     if units:
         tiles = options.get("tiles") or linear_tiles(t, n, x.element_size())
         statistics = Guarded((b, math.ceil(t / tiles.rows), units, 2))
         options["statistics"] = statistics.tensor
-    between = (residual,) if launch is launch_projection else ()
-    launch(x, weight, bias, *between, made.tensor, **options)
+    launch_linear(x, weight, bias, made.tensor, residual=residual, **options)
     assert made.intact()
     assert statistics is None or statistics.intact()
     return made.tensor.double(), None if statistics is None else statistics.tensor.double()
@@ -248,7 +240,7 @@ def test_partial_statistics(batch, tokens, k, n, units, dtype):
     """Samples smaller and larger than a tile, tokens that end within one; units of 1 to 64 channels."""
     x, weight, bias = inputs(batch, tokens, k, n, dtype)
     residual = random(batch, tokens, n, dtype=dtype, seed=9)
-    check_product(x, weight, bias, residual, factor=2**-0.5, units=units, launch=launch_projection)
+    check_product(x, weight, bias, residual, factor=2**-0.5, units=units)
 
 
 @given(
@@ -287,9 +279,9 @@ def test_the_block_is_the_modules():
         return reference.linear(out, weights[1].to(to), biases[1].to(to), x.to(to), 2**-0.5).double()
 
     qkv = Guarded((b, t, 3 * c), dtype)
-    launch_qkv(x, weights[0], biases[0], qkv.tensor)
+    launch_linear(x, weights[0], biases[0], qkv.tensor)
     out = attended(qkv.tensor, heads).to(dtype)
-    made, _ = product(out, weights[1], biases[1], x, launch=launch_projection, factor=2**-0.5)
+    made, _ = product(out, weights[1], biases[1], x, factor=2**-0.5)
     assert qkv.intact()
     exact = block(torch.float64)
     assert (made - exact).abs().max() <= 2 * (block(dtype) - exact).abs().max() + store_error(exact.abs().max(), dtype)
@@ -300,7 +292,7 @@ def test_in_place_of_the_residual():
     made = Guarded((2, 20, 32), torch.bfloat16)
     residual = random(2, 20, 32, dtype=torch.bfloat16, seed=9)
     made.tensor.copy_(residual)
-    launch_projection(x, weight, bias, made.tensor, made.tensor)
+    launch_linear(x, weight, bias, made.tensor, residual=made.tensor)
     assert made.intact()
     assert torch.equal(made.tensor.double(), product(x, weight, bias, residual)[0])
 

@@ -351,17 +351,14 @@ def test_tiles_that_a_shape_can_not_have(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", COVERING[2:], ids=lambda shape: shape.key)
-def test_segments_and_steps_are_the_launchers(shape: ConvShape, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_launcher_looks_for_the_tables_shape(shape: ConvShape, monkeypatch: pytest.MonkeyPatch) -> None:
     from fastddpm_kernels import conv
 
-    seen: dict[str, Any] = {}
-    steps, parts = conv.step_of, conv.segments_of
-    monkeypatch.setattr(conv, "step_of", lambda *a, **b: seen.setdefault("step", steps(*a, **b)))
-    monkeypatch.setattr(conv, "segments_of", lambda *a: seen.setdefault("segments", parts(*a)))
+    seen = []
+    monkeypatch.setattr(conv, "division", lambda *given: seen.append(given[1:]) or conv_choice.division(*given))
     large = shape._replace(c0=64, c1=8 * shape.c1, s0=8 * shape.s0)
-    Problem(large, 1, CPU).own()
-    assert seen.get("segments", 1) == conv_choice.segments(large)
-    assert seen["step"] == conv_choice.step(large)
+    Problem(large, 2, CPU).own()
+    assert seen == [(large, 2)]
 
 
 def test_no_table_ships_that_is_none() -> None:

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .linear import Tiles, interpreted, launch_linear, multiplied
+from .products import interpreted, multiplied
 
 
 class AttentionTiles(NamedTuple):
@@ -151,31 +151,3 @@ def launch_attention(qkv: torch.Tensor, out: torch.Tensor, *, heads: int, tiles:
         num_warps=by.warps,
         num_stages=by.stages,
     )
-
-
-def launch_qkv(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, out: torch.Tensor, *, tiles: Tiles | None = None
-) -> None:
-    """q, k and v of all tokens: out [B, tokens, 3 C] = x [B, tokens, C] @ weight [C, 3 C] + bias [3 C].
-
-    `x` is the normalised input. Dtypes and layouts as `launch_linear`'s.
-    """
-    launch_linear(x, weight, bias, out, tiles=tiles)
-
-
-def launch_projection(
-    attended: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    residual: torch.Tensor,
-    out: torch.Tensor,
-    *,
-    factor: float = 1.0,
-    statistics: torch.Tensor | None = None,
-    tiles: Tiles | None = None,
-) -> None:
-    """out = (residual + attended @ weight + bias) * factor, and the next norm's partial statistics.
-
-    Args as `launch_linear`'s; `residual`, the block's input, is given, and `factor` is 1 / rescale of the module.
-    """
-    launch_linear(attended, weight, bias, out, residual=residual, factor=factor, statistics=statistics, tiles=tiles)

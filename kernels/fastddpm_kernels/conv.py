@@ -17,325 +17,19 @@ Not measured on a GPU. `tests/test_conv_codegen.py` has what the machine code sh
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 import triton
-import triton.language as tl
-from triton.runtime import driver
 
-from .conv_finish import added, all_there, leave, merged, moments, store_norm, store_raw
+from .conv_choice import ConvShape, division, flat, gpu_of, rule, steps
+from .conv_choice import segments as count
+from .conv_kernel import conv_kernel
 from .conv_norm import NormOut
-from .conv_parts import accumulate, begin, rows_left
 from .conv_reference import COLUMNS
-from .conv_tiles import Tile, segments_of, side_by_side, statistics_rows, step_of, tile_of
+from .conv_tiles import Tile, side_by_side, statistics_rows
+from .products import interpreted
 
-
-@triton.jit(do_not_specialize=["batch"])
-def conv_kernel(
-    x_ptr,  # [B, height, width, c0]
-    second_ptr,  # [B, height, width, c1]
-    weight_ptr,  # [phases, taps (c0 + c1), columns]
-    shortcut_x_ptr,  # [B, height, width, s0]
-    shortcut_second_ptr,  # [B, height, width, s1]
-    shortcut_weight_ptr,  # [s0 + s1, columns]
-    bias_ptr,  # float32 [cout]
-    row_ptr,  # float32 [B, cout], each sample's row_units * COUT_UNIT from the one before
-    residual_ptr,  # [B, out_height, out_width, cout]
-    out_ptr,  # [B, out_height, out_width, cout]
-    scratch_ptr,  # float32: SPLIT [programs, SEGMENTS, BLOCK_M, BLOCK_N]; EXCHANGE [B, parts, 2, cout / unit]
-    counter_ptr,  # int32: of each SPLIT tile; EXCHANGE of each column tile of a sample, or of a tile's samples
-    norm_out_ptr,  # [B, out_height, out_width, cout]
-    norm_weight_ptr,  # float32 [cout]
-    norm_bias_ptr,
-    norm_scale_ptr,  # float32 [B, cout], by its stride
-    norm_shift_ptr,
-    norm_scale_stride,
-    norm_shift_stride,
-    norm_eps,
-    other_out_ptr,  # and of a second norm
-    other_weight_ptr,
-    other_bias_ptr,
-    other_scale_ptr,
-    other_shift_ptr,
-    other_scale_stride,
-    other_shift_stride,
-    other_eps,
-    batch,
-    height,
-    width,
-    tall,
-    wide,  # rows a sample are tall x wide: the output's size, or UP a quarter of it
-    c0_units,
-    c1_units,
-    s0_units,
-    s1_units,  # channels / UNIT
-    column_units,  # weight columns / COLUMN_UNIT
-    cout_units,  # output channels / COUT_UNIT
-    row_units,
-    steps,  # of a segment
-    all_steps,
-    scale,
-    KERNEL: tl.constexpr,  # taps a side: 3, 1; UP: 2
-    STRIDE: tl.constexpr,
-    PADDING: tl.constexpr,
-    UP: tl.constexpr,
-    TWO: tl.constexpr,
-    SHORTCUT: tl.constexpr,
-    FLAT: tl.constexpr,
-    FULL_K: tl.constexpr,
-    FULL_N: tl.constexpr,
-    UNIT: tl.constexpr,
-    COLUMN_UNIT: tl.constexpr,
-    COUT_UNIT: tl.constexpr,
-    SEGMENTS: tl.constexpr,
-    SPLIT: tl.constexpr,  # one segment a program; the last one to be done adds them
-    BIAS: tl.constexpr,
-    ROW: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    SCALED: tl.constexpr,
-    ONE_SAMPLE: tl.constexpr,  # no tile has pixels of two
-    FULL_COUT: tl.constexpr,
-    RAW: tl.constexpr,  # whether `out` is wanted
-    NORMS: tl.constexpr,
-    PIXEL_BITS: tl.constexpr,  # of a sample's output, 2^PIXEL_BITS where there are norms
-    PART_BITS: tl.constexpr,
-    UNIT_BITS: tl.constexpr,
-    GROUP_BITS: tl.constexpr,
-    SCALE: tl.constexpr,
-    SILU: tl.constexpr,
-    OTHER_GROUP_BITS: tl.constexpr,
-    OTHER_SCALE: tl.constexpr,
-    OTHER_SILU: tl.constexpr,
-    EXCHANGE: tl.constexpr,  # a sample is not one program's
-    WAIT: tl.constexpr,
-    TILES: tl.constexpr,  # of a sample, of a phase; 1 where they don't wait for each other
-    WIDE: tl.constexpr,
-    COLUMN_BITS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    c0, c1, s0, s1 = c0_units * UNIT, c1_units * UNIT, s0_units * UNIT, s1_units * UNIT
-    columns, cout = column_units * COLUMN_UNIT, cout_units * COUT_UNIT
-    # Programs that share pixels run together: their pixels come from L2, and weights, few, stay there. So do those that
-    # wait for each other: all of a sample are started before any of the next one.
-    across = tl.cdiv(cout, BLOCK_N)
-    rest = tl.program_id(0) // across
-    column_tile = tl.program_id(0) - rest * across
-    column = column_tile * BLOCK_N
-    PHASES: tl.constexpr = 4 if UP else 1
-    span = rest // (PHASES * TILES)
-    phase = rest // TILES % PHASES
-    tile = span * TILES + rest % TILES
-    py, px = phase // 2, phase % 2
-
-    pixels = tall * wide
-    start = tile.to(tl.int64) * BLOCK_M
-    sample = start // pixels
-    first = (start - sample * pixels).to(tl.int32)
-    rows = rows_left(batch, sample, pixels)
-    r = first + tl.arange(0, BLOCK_M)
-    behind = r // pixels
-    y = (r - behind * pixels) // wide
-    x = r - behind * pixels - y * wide
-
-    n = column + tl.arange(0, BLOCK_N)
-    valid, there = r < rows, n < cout
-    if ONE_SAMPLE:
-        valid = tl.full((BLOCK_M,), True, tl.int1)
-    if FULL_COUT:
-        there = tl.full((BLOCK_N,), True, tl.int1)
-    to, out_pixels = r, pixels
-    if UP:
-        to = (behind * (2 * tall) + 2 * y + py) * (2 * wide) + 2 * x + px
-        out_pixels = 4 * pixels
-    segment = tl.program_id(1)
-    total = begin(
-        bias_ptr,
-        row_ptr,
-        residual_ptr,
-        sample,
-        behind,
-        to,
-        valid,
-        n,
-        there & (segment == 0) if SPLIT else there,
-        out_pixels,
-        cout,
-        row_units * COUT_UNIT,
-        BIAS,
-        ROW,
-        RESIDUAL,
-        ONE_SAMPLE,
-        BLOCK_M,
-        BLOCK_N,
-    )
-
-    top, left = y * STRIDE - PADDING, x * STRIDE - PADDING
-    if UP:
-        top, left = y - 1 + py, x - 1 + px
-    inside = tl.zeros((BLOCK_M,), tl.int32)
-    for tap in tl.static_range(KERNEL * KERNEL):
-        ty, tx = top + tap // KERNEL, left + tap % KERNEL
-        inside |= ((ty >= 0) & (ty < height) & (tx >= 0) & (tx < width)).to(tl.int32) << tap
-    if SHORTCUT:
-        inside |= 1 << (KERNEL * KERNEL)
-    inside = tl.where(valid, inside, 0)
-    from_pixel = (behind * height + top) * width + left
-
-    at = sample * height * width
-    source, second = x_ptr + at * c0, second_ptr + at * c1
-    shortcut_x, shortcut_second = shortcut_x_ptr + at * s0, shortcut_second_ptr + at * s1
-    weight = weight_ptr + phase * (KERNEL * KERNEL * (c0 + c1)) * columns
-    total = accumulate(
-        total,
-        source,
-        second,
-        weight,
-        shortcut_x,
-        shortcut_second,
-        shortcut_weight_ptr,
-        from_pixel,
-        inside,
-        n,
-        segment * steps,
-        tl.minimum(segment * steps + steps, all_steps),
-        width,
-        c0,
-        c1,
-        s0,
-        s1,
-        columns,
-        KERNEL,
-        TWO,
-        SHORTCUT,
-        FLAT,
-        FULL_K,
-        FULL_N,
-        WIDE,
-        BLOCK_K,
-    )
-    for later in range(1, 1 if SPLIT else SEGMENTS):
-        total += accumulate(
-            tl.zeros((BLOCK_M, BLOCK_N), tl.float32),
-            source,
-            second,
-            weight,
-            shortcut_x,
-            shortcut_second,
-            shortcut_weight_ptr,
-            from_pixel,
-            inside,
-            n,
-            later * steps,
-            tl.minimum(later * steps + steps, all_steps),
-            width,
-            c0,
-            c1,
-            s0,
-            s1,
-            columns,
-            KERNEL,
-            TWO,
-            SHORTCUT,
-            FLAT,
-            FULL_K,
-            FULL_N,
-            WIDE,
-            BLOCK_K,
-        )
-    done = True
-    if SPLIT:
-        done, total = added(total, scratch_ptr, counter_ptr, segment, SEGMENTS, BLOCK_M, BLOCK_N)
-    if done:
-        if SCALED:
-            total *= scale
-        begins = sample * out_pixels * cout
-        if RAW:
-            store_raw(total, out_ptr + begins + to * cout, column, cout, valid, FULL_COUT)
-        if NORMS > 0:
-            PARTS: tl.constexpr = 1 << (PIXEL_BITS - PART_BITS)  # of a sample
-            IMAGES: tl.constexpr = (BLOCK_M * PHASES + (1 << PIXEL_BITS) - 1) >> PIXEL_BITS  # in a tile
-            mean, squares = moments(total, PART_BITS, COLUMN_BITS, UNIT_BITS)
-            late = 0.0
-            if EXCHANGE:
-                OWN: tl.constexpr = (BLOCK_M >> PART_BITS) // IMAGES
-                part = (phase * pixels + first) >> PART_BITS
-                leave(mean, squares, scratch_ptr, sample, batch, part, column, cout, OWN, PARTS, UNIT_BITS)
-                late = all_there(counter_ptr + span * across + column_tile, PHASES * TILES, WAIT)
-            else:
-                UNITS: tl.constexpr = 1 << (COLUMN_BITS - UNIT_BITS)
-                PART: tl.constexpr = 1 << (PART_BITS + UNIT_BITS)
-                mean, squares = merged(mean, squares, PART, COLUMN_BITS - UNIT_BITS, PIXEL_BITS - PART_BITS)
-                mean, squares = mean.reshape(IMAGES, UNITS), squares.reshape(IMAGES, UNITS)
-            store_norm(
-                total,
-                mean,
-                squares,
-                scratch_ptr,
-                late,
-                (
-                    norm_out_ptr,
-                    norm_weight_ptr,
-                    norm_bias_ptr,
-                    norm_scale_ptr,
-                    norm_shift_ptr,
-                    norm_scale_stride,
-                    norm_shift_stride,
-                    norm_eps,
-                ),
-                to * cout,
-                valid,
-                sample,
-                batch,
-                begins,
-                column,
-                cout,
-                IMAGES,
-                PIXEL_BITS,
-                PART_BITS,
-                UNIT_BITS,
-                GROUP_BITS,
-                SCALE,
-                SILU,
-                EXCHANGE,
-                FULL_COUT,
-            )
-            if NORMS > 1:
-                store_norm(
-                    total,
-                    mean,
-                    squares,
-                    scratch_ptr,
-                    late,
-                    (
-                        other_out_ptr,
-                        other_weight_ptr,
-                        other_bias_ptr,
-                        other_scale_ptr,
-                        other_shift_ptr,
-                        other_scale_stride,
-                        other_shift_stride,
-                        other_eps,
-                    ),
-                    to * cout,
-                    valid,
-                    sample,
-                    batch,
-                    begins,
-                    column,
-                    cout,
-                    IMAGES,
-                    PIXEL_BITS,
-                    PART_BITS,
-                    UNIT_BITS,
-                    OTHER_GROUP_BITS,
-                    OTHER_SCALE,
-                    OTHER_SILU,
-                    EXCHANGE,
-                    FULL_COUT,
-                )
+NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 
 
 def launch_conv(
@@ -381,43 +75,24 @@ def launch_conv(
             below and one column to the right (diffusers' `downsample_padding=0`).
         workspace, counters: float32 and int32, `conv_scratch`'s numbers of elements or more; allocated where they are
             needed and None. The counters are zeros, or as a launch of the same shapes left them.
-        tile, segments, split: `tile_of`, `segments_of`, `side_by_side` unless given. Only `tile.k` and `segments`
+        tile, segments, split: `conv_choice.division`'s and `side_by_side` unless given. Only `tile.k` and `segments`
             change the order of the sums, and so the last bits.
     """
     like = norms[0].out if out is None else out
     if like.numel() == 0:
         return
+    shape = _shape(x, second, weight, row, residual, shortcut_x, shortcut_second, out, norms, like, stride, padding)
     batch, height, width, c0 = x.shape
-    _, out_height, out_width, cout = like.shape
-    c1, s0, s1 = (0 if t is None else t.shape[3] for t in (second, shortcut_x, shortcut_second))
-    up = weight.ndim == 3
-    tall, wide = (height, width) if up else (out_height, out_width)
-    kernel = 2 if up else 3 if weight.shape[0] == 9 * (c0 + c1) else 1
-    flat = kernel == 3 and c0 < 16 and c1 == s0 == 0
-    pixels, phases, columns = tall * wide, 4 if up else 1, weight.shape[-1]
+    c1, s0, s1, cout, groups, up = shape.c1, shape.s0, shape.s1, shape.cout, shape.norms, shape.up
+    kernel, phases, columns = 2 if up else shape.kernel, 4 if up else 1, weight.shape[-1]
+    pixels = shape.height * shape.width // phases
 
-    k = tile.k if tile else step_of((c0, c1, s0, s1), x.dtype, flat=flat)
-    counts = [9 * c0] if flat else [c0, c1] * kernel * kernel + [s0, s1]
-    steps = sum(triton.cdiv(count, k) for count in counts)
-    segments = segments or (1 if up else segments_of(pixels, steps))
-    groups = [norm.group for norm in norms]
-    if tile is None:
-        # Segments have a second total; norms need registers; and a 1x1 convolution is over too soon.
-        most = 64 * 64 if segments > 1 else 128 * 128 if norms or kernel == 1 else 128 * 256
-        few = _hopper(x.device) and phases * pixels >= 128  # statistics of several samples are not few
-        spare = few if norms else residual is None and not flat
-        tile = tile_of(
-            batch * pixels,
-            cout,
-            k,
-            x.dtype,
-            most=most,
-            spare=spare,
-            shared=_shared(x.device),
-            phases=phases,
-            pixels=pixels if norms else 0,
-            group=max(groups, default=1),
-        )
+    if tile is None and segments is None:
+        tile, segments, chosen = division(gpu_of(x.device), shape, batch)
+        split = chosen if split is None else split
+    segments = segments or count(shape)
+    tile = tile or rule(gpu_of(x.device), shape, batch, segments)
+    all_steps = steps(shape, tile.k)
     tiles, across = triton.cdiv(batch * pixels, tile.m), triton.cdiv(cout, tile.n)
     together = max(1, pixels // tile.m) if norms else 1  # tiles of a sample that wait for each other
     exchange = len(norms) > 0 and together * phases > 1
@@ -434,9 +109,8 @@ def launch_conv(
     apart = cout if row is None else row.stride(0)
     cout_unit = 8 if cout % 8 == 0 and apart % 8 == 0 else 1
     normalised, other = (_norm(norms[i] if i < len(norms) else None, like) for i in range(2))
-    interpreted = triton.knobs.runtime.interpret
     # The interpreter runs one program after the other: in its first run all statistics are left, in the second found.
-    for _ in range(2 if interpreted and exchange else 1):
+    for _ in range(2 if interpreted() and exchange else 1):
         conv_kernel[(tiles * phases * across, segments if split else 1)](
             x,
             _or(second, x),
@@ -455,8 +129,8 @@ def launch_conv(
             batch,
             height,
             width,
-            tall,
-            wide,
+            height if up else shape.height,
+            width if up else shape.width,
             c0 // unit,
             c1 // unit,
             s0 // unit,
@@ -464,8 +138,8 @@ def launch_conv(
             columns // COLUMNS,
             cout // cout_unit,
             apart // cout_unit,
-            triton.cdiv(steps, segments),
-            steps,
+            triton.cdiv(all_steps, segments),
+            all_steps,
             scale,
             KERNEL=kernel,
             STRIDE=stride,
@@ -473,8 +147,8 @@ def launch_conv(
             UP=up,
             TWO=c1 > 0,
             SHORTCUT=s0 > 0,
-            FLAT=flat,
-            FULL_K=not flat and all(c % tile.k == 0 for c in (c0, c1, s0, s1)),
+            FLAT=flat(shape),
+            FULL_K=not flat(shape) and all(c % tile.k == 0 for c in (c0, c1, s0, s1)),
             FULL_N=columns % tile.n == 0,
             UNIT=unit,
             COLUMN_UNIT=COLUMNS,
@@ -483,7 +157,7 @@ def launch_conv(
             SPLIT=split,
             ONE_SAMPLE=pixels % tile.m == 0,
             FULL_COUT=cout % tile.n == 0,
-            WIDE=interpreted and x.dtype == torch.bfloat16,
+            WIDEN=interpreted(),
             COLUMN_BITS=tile.n.bit_length() - 1,
             BLOCK_M=tile.m,
             BLOCK_N=tile.n,
@@ -497,13 +171,39 @@ def launch_conv(
             PART_BITS=part_bits,
             UNIT_BITS=min(groups, default=1).bit_length() - 1,
             EXCHANGE=exchange,
-            WAIT=not interpreted,
+            WAIT=not interpreted(),
             TILES=together,
             **_constants(norms),
             num_warps=tile.warps,
             num_stages=tile.stages,
             maxnreg=tile.registers,
         )
+
+
+def _shape(
+    x: torch.Tensor,
+    second: torch.Tensor | None,
+    weight: torch.Tensor,
+    row: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    shortcut_x: torch.Tensor | None,
+    shortcut_second: torch.Tensor | None,
+    out: torch.Tensor | None,
+    norms: Sequence[NormOut],
+    like: torch.Tensor,
+    stride: int,
+    padding: int,
+) -> ConvShape:
+    """What the division depends on."""
+    _, height, width, cout = like.shape
+    c0 = x.shape[3]
+    c1, s0, s1 = (0 if t is None else t.shape[3] for t in (second, shortcut_x, shortcut_second))
+    up = weight.ndim == 3
+    kernel = 3 if up or weight.shape[0] == 9 * (c0 + c1) else 1
+    return ConvShape(
+        NAMES[x.dtype], height, width, c0, c1, cout, kernel, stride, padding if stride > 1 else 1, up, row is not None,
+        s0, s1, residual is not None, tuple(norm.group for norm in norms), out is not None,
+    )  # fmt: skip
 
 
 def _norm(norm: NormOut | None, other: torch.Tensor) -> list[torch.Tensor | int | float]:
@@ -523,20 +223,6 @@ def _constants(norms: Sequence[NormOut]) -> dict[str, int | bool]:
         constants[prefix + "SCALE"] = norm is not None and norm.scale is not None
         constants[prefix + "SILU"] = norm is not None and norm.silu
     return constants
-
-
-@lru_cache
-def _shared(device: torch.device) -> int:
-    """Bytes of shared memory that a program may have."""
-    if device.type != "cuda":
-        return 232448
-    return driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
-
-
-@lru_cache
-def _hopper(device: torch.device) -> bool:
-    """Whether a thread has few columns of a product: a warp of Blackwell's has 32 rows, and a thread all of a row."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _or(tensor: torch.Tensor | None, other: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from .conv1d_tiles import FILL, channels_of, rows_of, segments_of, step_of
-from .linear import interpreted, multiplied
+from .products import interpreted, multiplied
 
 
 @triton.jit

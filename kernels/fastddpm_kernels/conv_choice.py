@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from triton.runtime import driver
 
-from .conv_tiles import TOGETHER, Tile, programs, segments_of, step_of
+from .conv_tiles import TOGETHER, Tile, programs, segments_of, step_of, tile_of
 
 FOLDER = Path(__file__).resolve().parent / "tuned"
 FORMAT = 1
@@ -63,20 +64,24 @@ class ConvShape(NamedTuple):
 def step(shape: ConvShape) -> int:
     """Channels a step of the sum: the rule's, whatever a table says."""
     channels = (shape.c0, shape.c1, shape.s0, shape.s1)
-    return step_of(channels, getattr(torch, shape.dtype), flat=_flat(shape))
+    return step_of(channels, getattr(torch, shape.dtype), flat=flat(shape))
+
+
+def steps(shape: ConvShape, k: int) -> int:
+    """How many steps of k channels the sum has."""
+    taps = 4 if shape.up else shape.kernel**2  # `phase_weights`
+    counts = [9 * shape.c0] if flat(shape) else [shape.c0, shape.c1] * taps + [shape.s0, shape.s1]
+    return sum(-(-count // k) for count in counts)
 
 
 def segments(shape: ConvShape) -> int:
     """In how many parts the sum is divided: the rule's too."""
-    if shape.up:
-        return 1
-    k, taps = step(shape), shape.kernel**2
-    counts = [9 * shape.c0] if _flat(shape) else [shape.c0, shape.c1] * taps + [shape.s0, shape.s1]
-    return segments_of(shape.height * shape.width, sum(-(-count // k) for count in counts))
+    return 1 if shape.up else segments_of(shape.height * shape.width, steps(shape, step(shape)))
 
 
-def _flat(shape: ConvShape) -> bool:
-    return shape.kernel == 3 and shape.c0 < 16 and shape.c1 == shape.s0 == 0
+def flat(shape: ConvShape) -> bool:
+    """Whether taps and channels are one axis of the sum."""
+    return not shape.up and shape.kernel == 3 and shape.c0 < 16 and shape.c1 == shape.s0 == 0
 
 
 def takes(shape: ConvShape, tile: Tile) -> bool:
@@ -107,6 +112,60 @@ class Choice(NamedTuple):
             return None
         m, n, warps, stages, registers = self.numbers
         return Tile(m, n, k, warps, stages, registers)
+
+
+class Gpu(NamedTuple):
+    """What a tile depends on."""
+
+    name: str  # torch's; "": none, and no table is looked for
+    shared: int  # bytes of shared memory that a program may have
+    hopper: bool  # a thread has few columns of a product; a warp of Blackwell's has 32 rows, and a thread all of a row
+
+
+@lru_cache
+def gpu_of(device: torch.device) -> Gpu:
+    """The GPU; an H100's numbers where there is none."""
+    if device.type != "cuda":
+        return Gpu("", 232448, True)
+    shared = driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
+    return Gpu(torch.cuda.get_device_name(device), shared, torch.cuda.get_device_capability(device)[0] == 9)
+
+
+def rule(gpu: Gpu, shape: ConvShape, batch: int, parts: int) -> Tile:
+    """`tile_of` this shape, of a sum in so many parts."""
+    pixels, phases = shape.height * shape.width, 4 if shape.up else 1
+    # Segments have a second total; norms need registers; and a 1x1 convolution is over too soon.
+    most = 64 * 64 if parts > 1 else 128 * 128 if shape.norms or shape.kernel == 1 else 128 * 256
+    few = gpu.hopper and pixels >= 128  # statistics of several samples are not few
+    return tile_of(
+        batch * pixels // phases,
+        shape.cout,
+        step(shape),
+        getattr(torch, shape.dtype),
+        most=most,
+        spare=few if shape.norms else not shape.residual and not flat(shape),
+        shared=gpu.shared,
+        phases=phases,
+        pixels=pixels // phases if shape.norms else 0,
+        group=max(shape.norms, default=1),
+    )
+
+
+class Division(NamedTuple):
+    """Among which programs a launch is divided."""
+
+    tile: Tile
+    segments: int
+    split: bool | None  # None: as `side_by_side` says
+
+
+@lru_cache(maxsize=4096)
+def division(gpu: Gpu, shape: ConvShape, batch: int) -> Division:
+    """The GPU's table, where it has the shape; else the rule. Files are read once."""
+    parts = segments(shape)
+    found = choice(gpu.name, shape, batch, FOLDER) if gpu.name else None
+    tile = None if found is None else found.tile(step(shape))
+    return Division(tile or rule(gpu, shape, batch, parts), parts, None if found is None else found.split)
 
 
 def slug(gpu: str) -> str:

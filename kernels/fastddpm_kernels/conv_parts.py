@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from .products import multiplied
+
 
 @triton.jit
 def rows_left(batch, sample, pixels):
@@ -12,9 +14,7 @@ def rows_left(batch, sample, pixels):
 
 @triton.jit
 def begin(
-    bias_ptr,
-    row_ptr,
-    residual_ptr,
+    given,  # pointers to bias, row and residual
     sample,  # int64, the tile's first
     behind,  # [BLOCK_M], samples behind that one
     pixel,  # [BLOCK_M], in the output, counted from the first sample's beginning
@@ -32,6 +32,7 @@ def begin(
     BLOCK_N: tl.constexpr,
 ):
     """(bias + row) + residual, where the sum begins: after it they would need registers beside it, and spill."""
+    bias_ptr, row_ptr, residual_ptr = given
     keep = valid[:, None] & there[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if BIAS:
@@ -51,36 +52,28 @@ def begin(
 @triton.jit
 def accumulate(
     acc,  # float32 [BLOCK_M, BLOCK_N], what it begins with
-    x,  # the sources and the weights: of the tile's first sample, of the phase
-    second,
-    weight,
-    shortcut_x,
-    shortcut_second,
-    shortcut_weight,
+    given,  # x, second and weight, then the shortcut's: of the tile's first sample, of the phase
+    sizes,  # width; c0, c1, s0, s1; columns of the weights
     pixel,  # int32 [BLOCK_M], where the first tap lies
     inside,  # int32 [BLOCK_M], bit t is set where tap t lies in the image
     n,  # int32 [BLOCK_N]
     start,
     stop,  # steps of the sum
-    width,
-    c0,
-    c1,
-    s0,
-    s1,
-    columns,  # of the weights
     KERNEL: tl.constexpr,
     TWO: tl.constexpr,
     SHORTCUT: tl.constexpr,
     FLAT: tl.constexpr,
     FULL_K: tl.constexpr,
     FULL_N: tl.constexpr,
-    WIDE: tl.constexpr,  # multiply in float32: Triton's interpreter can't in bfloat16
+    WIDEN: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """Add the steps start ... stop - 1 of the sum to `acc`.
 
     A step is BLOCK_K channels of one source at one tap; or, FLAT, so many of taps x channels, where these are few.
     """
+    x, second, weight, shortcut_x, shortcut_second, shortcut_weight = given
+    width, c0, c1, s0, s1, columns = sizes
     TAPS: tl.constexpr = KERNEL * KERNEL
     k = tl.arange(0, BLOCK_K)
     blocks0 = tl.cdiv(c0, BLOCK_K)
@@ -136,7 +129,5 @@ def accumulate(
             w = tl.load(w_ptr)
         else:
             w = tl.load(w_ptr, real[:, None] & (n < columns)[None, :], other=0.0)
-        if WIDE:
-            a, w = a.to(tl.float32), w.to(tl.float32)
-        acc = tl.dot(a, w, acc, input_precision="ieee")
+        acc = multiplied(a, w, acc, WIDEN)
     return acc

@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .products import interpreted, multiplied
+
 
 class Tiles(NamedTuple):
     """How the rows [B, tokens] and the columns of a product are divided among programs."""
@@ -43,19 +45,6 @@ def linear_tiles(tokens: int, columns: int, itemsize: int, *, wide: bool = False
     block_m = 128 if wide else 64
     rows = min(block_m, triton.next_power_of_2(tokens))
     return Tiles(block_m // rows, rows, 128 if full else 64, 64 if itemsize == 2 else 32, 8 if wide else 4, 3)
-
-
-@triton.jit
-def multiplied(a, b, total, WIDEN: tl.constexpr):
-    """total + a @ b, summed in float32. WIDEN is `interpreted`: Triton's interpreter can't multiply bfloat16."""
-    if WIDEN:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, total, input_precision="ieee")
-
-
-def interpreted() -> bool:
-    """Whether the kernels run in Triton's interpreter."""
-    return bool(triton.knobs.runtime.interpret)
 
 
 @triton.jit(do_not_specialize=["batch"])  # one binary, and so the same bits, for every batch
