@@ -1,12 +1,15 @@
 """The convolution's launcher and the GPU's table, on a CPU that passes for a GPU: the tile that is launched."""
 
+import itertools
 import json
 from pathlib import Path
 
 import pytest
 import torch
 from fastddpm_kernels import conv, conv_choice
-from fastddpm_kernels.conv_choice import ConvShape, Gpu, division
+from fastddpm_kernels.conv_choice import ALLOWED, ConvShape, Gpu, division, step, takes
+from fastddpm_kernels.conv_norm import NormOut, conv_scratch
+from fastddpm_kernels.conv_tiles import Tile
 from test_conv import Case
 
 SHAPES = {
@@ -120,3 +123,32 @@ def test_without_a_gpu_no_table_is_looked_for(monkeypatch):
     forget()
     made = division(conv_choice.gpu_of(torch.device("cpu")), SHAPES["plain"], 2)
     assert made.tile == conv_choice.rule(Gpu("", 232448, True), SHAPES["plain"], 2, 1)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 70])
+@pytest.mark.parametrize("cout", [8, 16, 64, 200, 256])
+@pytest.mark.parametrize("side, up", [(1, False), (4, False), (8, False), (16, False), (4, True), (16, True)])
+def test_the_memory_of_every_tile_that_is_taken(side, up, cout, batch, monkeypatch):
+    """`conv_scratch` is as much as the launcher allocates for it, by the rule or a table, with norms or without."""
+    taken, names = {}, conv.conv_kernel.arg_names
+
+    class Recorder:
+        def __getitem__(self, grid):
+            return lambda *given, **named: taken.update(zip(names, given, strict=False))
+
+    monkeypatch.setattr(conv, "conv_kernel", Recorder())
+    before = side // 2 if up else side
+    x, out = (torch.empty(batch, n, n, c, dtype=torch.float16) for n, c in ((before, 512), (side, cout)))
+    weight = torch.empty((4, 2048, cout) if up else (4608, cout), dtype=torch.float16)
+    affine = torch.empty(cout)
+    for groups in ((), (4,), (2, 8)):
+        shape = ConvShape("float16", side, side, 512, 0, cout, up=up, norms=groups)
+        sizes = itertools.product(ALLOWED["m"], ALLOWED["n"])
+        tiles = [None, *(tile for m, n in sizes if takes(shape, tile := Tile(m, n, step(shape), 4, 3)))]
+        scratch = conv_scratch(batch, side * side, cout, groups, up=up)
+        for tile in tiles:
+            norms = [NormOut(out, affine, affine, group, 0.0) for group in groups]
+            conv.launch_conv(x, weight, affine, out, norms=norms, tile=tile)
+            needed = {name: taken[f"{name}_ptr"] for name in ("scratch", "counter")}
+            for name, most in (("scratch", scratch.floats), ("counter", scratch.counters)):
+                assert needed[name] is out or needed[name].numel() <= most, (name, groups, tile)

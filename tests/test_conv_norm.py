@@ -142,7 +142,7 @@ HALVED = ["tiles, shifted", "two sources", "up, tiles", "segments"]
 @pytest.mark.parametrize("name", VARIANTS)
 def test_against_float64(name, dtype):
     shape, norms, options = VARIANTS[name]
-    if dtype == torch.float32 and name.startswith("wide") or dtype == torch.bfloat16 and name in HALVED:
+    if (dtype == torch.float32 and name.startswith("wide")) or (dtype == torch.bfloat16 and name in HALVED):
         return  # the first are tiles of 16 bits, the second in the next test
     case = Case(**shape, dtype=dtype)
     groups, pixels = [norm["group"] for norm in norms], case.shape[1] * case.shape[2]
@@ -257,6 +257,18 @@ def test_memory_that_is_given(name):
     assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
     if "split" in options:
         assert not counters.tensor.any()  # the last one left them as they were
+
+
+@pytest.mark.parametrize("size, up, samples", [((2, 8, 16), False, 1), ((5, 4, 4), True, 4)])
+def test_programs_that_wait_for_each_other_count_in_one_place(size, up, samples):
+    """Those of the same samples and channels; nobody else counts there."""
+    case = Case(size, (8,), 96, dtype=torch.float16, up=up)
+    counters = torch.zeros(12, dtype=torch.int32, device=DEVICE)
+    checked(case, [Norm(case, 8)], counters=counters, tile=Tile(64, 32, 16, 4, 2))
+    places = 3 * -(-size[0] // samples)
+    together = 4 if up else 2
+    passes = 1 if DEVICE.type == "cuda" else 2  # the interpreter's
+    assert counters.tolist() == [together * passes] * places + [0] * (12 - places)
 
 
 def test_neither_raw_nor_norms_of_an_empty_batch():

@@ -103,7 +103,7 @@ def launch_conv(
         floats = tiles * across * segments * tile.m * tile.n if split else statistics
         workspace = torch.empty(floats, dtype=torch.float32, device=x.device)
     if counters is None and (split or exchange):
-        counters = torch.zeros(tiles * across, dtype=torch.int32, device=x.device)
+        counters = torch.zeros(tiles // together * across, dtype=torch.int32, device=x.device)
 
     unit = 8 if all(c % 8 == 0 for c in (c0, c1, s0, s1)) else 1
     apart = cout if row is None else row.stride(0)

@@ -60,9 +60,13 @@ def can_exchange(pixels: int, cout: int, groups: Sequence[int], itemsize: int, *
 
 
 def conv_scratch(batch: int, pixels: int, cout: int, groups: Sequence[int] = (), *, up: bool = False) -> Scratch:
-    """What `launch_conv` needs at most, on any GPU, for `can_exchange`'s arguments and this batch."""
+    """What `launch_conv` needs at most, on any GPU, for `can_exchange`'s arguments and this batch.
+
+    With `tile_of`'s tiles, and with those of a table that `conv_choice.takes`: 64 pixels and 16 channels at least; 64
+    and 64 at most, or 128 and 16, where a sum is divided.
+    """
     rows, columns = -(-batch * pixels // 64) * 64, -(-cout // 64) * 64
-    tiles = rows // 64 * (columns // 32)
+    tiles = rows // 64 * (columns // 16)
     if pixels <= 64 and not up:  # each segment's part of the sum, of fewer than FILL tiles
         return Scratch(SEGMENTS * min(rows * columns, (FILL - 1) * 64 * 64), min(tiles, FILL - 1))
     if not groups:
