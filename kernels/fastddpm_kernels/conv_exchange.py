@@ -1,7 +1,11 @@
 """What a convolution's programs leave for each other in memory: segments of a sum, or statistics of a sample's parts.
 
-All threads of a program write, then one adds to a counter: a release. Who has seen the others' additions (an acquire)
-reads after a barrier, past its L1.
+All threads of a program write, and after a barrier one of them adds to a counter: a release of all that they wrote. Who
+has seen the others' additions (an acquire, which empties L1) reads after another barrier.
+
+Nobody waits for ever. Programs start in order, so that in a launch only those of the last samples started can lack one:
+at most `conv_tiles.TOGETHER` - 1 = 31 hold a multiprocessor meanwhile. A GPU with room for 32 programs goes on, and one
+with room for 132 does with four such launches at once. Where there is less, `all_there` ends in NaN after seconds.
 """
 
 import triton
