@@ -1,7 +1,14 @@
 """The engine of a policy's 1-D UNet, in the layouts of Diffusion Policy and LeRobot, against the module in float64."""
 
 import copy
+import gc
 import itertools
+import os
+import pickle
+import subprocess
+import sys
+import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastddpm import NoiseSchedule, Sampler, solvers
 from fastddpm.engine.lowering import uses
 from fastddpm.engine.plan import Plan
-from fastddpm.engine.policy import PolicyEngine, is_policy_unet
+from fastddpm.engine.policy import ConditionedPolicy, PolicyEngine, is_policy_unet
 from fastddpm.engine.policy.lowering import lower
 from fastddpm.engine.policy.network import read
 from fastddpm.errors import InputError
@@ -104,6 +111,11 @@ def test_an_observation_once_for_all_steps():
         model(x[:2], t[:2])
     with pytest.raises(InputError, match="needed: none"):
         PolicyEngine(made(**SMALL | {"observed": None}), horizon=8).condition(cond)
+    for refused in (None, cond[0], cond[0, 0]):
+        for ask in (engine.condition, model.observe):
+            with pytest.raises(InputError, match=r"give the observations, a tensor \[B, n\]"):
+                ask(refused)
+    assert not ConditionedPolicy(engine, other.requires_grad_()).rows.requires_grad
 
 
 def test_the_forms_of_a_time_step():
@@ -253,6 +265,8 @@ def test_inputs_that_are_refused():
         engine(x[0], t, global_cond=cond)
     with pytest.raises(InputError, match="no local_cond"):
         engine(x, t, global_cond=cond, local_cond=x)
+    with pytest.raises(InputError, match="x is on meta, the engine on cpu"):
+        engine(x.to("meta"), t, global_cond=cond)
     with pytest.raises(InputError, match=r"give global_cond, \[3, 6\]"):
         engine(x, t)
     with pytest.raises(InputError, match="needed: none: leave it out"):
@@ -279,6 +293,57 @@ def test_it_keeps_its_weights_and_its_dtype():
         engine.double()
     with pytest.raises(InputError, match="compile again"):
         engine.condition(cond).half()
+
+
+def test_it_is_copied_but_not_saved():
+    net = made(**SMALL)
+    x, t, cond = given(net)
+    engine = PolicyEngine(net, horizon=8, dtype=torch.float32)
+    model = engine.condition(cond)
+    truth, told, other = model(x, t), copy.deepcopy(model), copy.deepcopy(engine)
+    model.observe(2 * cond)
+    engine.film.table.zero_()
+    assert torch.equal(told(x, t), truth)
+    assert torch.equal(other(x, t, global_cond=cond), truth)
+    for made_of in (engine, model):
+        with pytest.raises(InputError, match="save the UNet, and compile again"):
+            pickle.dumps(made_of)
+        with pytest.raises(InputError, match="load them into the UNet, and compile again"):
+            made_of.load_state_dict(made_of.state_dict())
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_its_memory_is_free_once_nobody_has_it(kernels):
+    net = made(**SMALL)
+    x, t, cond = given(net)
+    engine = PolicyEngine(net, horizon=8, dtype=torch.float32, kernels=kernels)
+    engine(x, t, global_cond=cond)
+    gone = weakref.ref(engine)
+    gc.disable()  # it may take long to come
+    try:
+        del engine
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_it_runs_without_triton():
+    """On a CPU; in a process where it can't be imported."""
+    code = """
+import sys
+sys.modules["triton"] = None
+from policy_networks import SMALL, given, made
+from fastddpm import engine
+net = made(**SMALL)
+x, t, cond = given(net)
+print(engine.compile(net, horizon=8)(x, t, global_cond=cond).shape)
+"""
+    tests = Path(__file__).parent
+    paths = os.pathsep.join(map(str, (tests, tests.parent, tests.parent / "kernels")))
+    environment = {**os.environ, "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("TRITON_INTERPRET", None)
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert run.stdout == "torch.Size([3, 8, 2])\n", run.stderr[-2000:]
 
 
 def test_a_sampler_over_it():
@@ -347,6 +412,39 @@ def test_the_policy_front_does_the_observations_part_once_a_call(monkeypatch):
         policy.sample((3, 8, 2), seeds=0, global_cond=cond[:1])
     with pytest.raises(InputError, match="no local_cond"):
         policy.sample((3, 8, 2), seeds=0, global_cond=cond, local_cond=torch.zeros(3, 8, 1))
+
+
+def test_the_policy_front_keeps_the_policys_precision():
+    """Noise, what is known, and trajectories are as theirs, in condition_data's dtype; the engine is bfloat16."""
+    pytest.importorskip("diffusers", reason="diffusers has the policies' schedulers")
+    from fastddpm.integrations.diffusion_policy import PolicySampler
+
+    net, table = made(**SMALL), solvers.ddpm(NoiseSchedule.linear(100), 5)
+    _, _, cond = given(net)
+    data, mask = torch.randn(3, 8, 2), torch.zeros(3, 8, 2, dtype=torch.bool)
+    for known in (mask, mask.index_fill(1, torch.arange(2), True)):
+        theirs, ours = (
+            PolicySampler(model, table).sample(
+                (3, 8, 2), global_cond=cond, condition_data=data, condition_mask=known,
+                generator=torch.Generator().manual_seed(3),
+            )
+            for model in (net, PolicyEngine(net, horizon=8))
+        )  # fmt: skip
+        assert ours.dtype == torch.float32
+        assert torch.equal(ours[known], data[known])
+        assert rms(ours - theirs) <= 0.05 * rms(theirs)
+        assert not torch.equal(ours, ours.bfloat16().float())
+
+
+def test_the_policy_front_leaves_another_models_condition_alone():
+    pytest.importorskip("diffusers", reason="diffusers has the policies' schedulers")
+    from fastddpm.integrations.diffusion_policy import PolicySampler
+
+    net, table = made(**SMALL), solvers.ddim(NoiseSchedule.linear(100), 3)
+    _, _, cond = given(net)
+    plain = PolicySampler(net, table).sample((3, 8, 2), seeds=0, global_cond=cond)
+    net.condition = nn.Linear(6, 6)
+    assert torch.equal(PolicySampler(net, table).sample((3, 8, 2), seeds=0, global_cond=cond), plain)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +76,17 @@ class Compiled(nn.Module):
                 f"{then.device} and {then.dtype}: move the UNet, and compile again with dtype={then.dtype}"
             )
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        raise InputError("an engine loads no weights: load them into the UNet, and compile again")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        made = memo[id(self)] = self.__new__(type(self))
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return made
+
+    def __reduce__(self) -> Any:
+        raise InputError("an engine can't be pickled: save the UNet, and compile again where it is loaded")
 
     def __repr__(self) -> str:
         return str(self.plan)

@@ -29,8 +29,8 @@ class PolicySampler:
     """The sampling loop of a diffusion policy, to be called again and again.
 
     Args:
-        model: any callable model(x, t, **given), as in `conditional_sample`. Of one that has `condition(global_cond)`,
-            as `engine.compile`'s of such a network, the observations' part is computed once a call, not once a step.
+        model: any callable model(x, t, **given), as in `conditional_sample`. Of `engine.compile`'s, the
+            observations' part is computed once a call, not once a step.
         scheduler: diffusers' DDPMScheduler or DDIMScheduler; or a `StepTable`, as ``solvers.dpm_solver(schedule, 8)``.
         num_inference_steps: how many steps; None: as many as the model was trained with. The scheduler's
             ``set_timesteps`` is called with it, as their loop does.
@@ -89,7 +89,8 @@ class PolicySampler:
             noise: start from this, [B, horizon, dim], and draw only the steps' noise.
 
         Returns:
-            [B, horizon, dim] in the model's dtype; in between the state is float32.
+            [B, horizon, dim] in condition_data's dtype, without it in the model's; torch's noise is drawn in it too. In
+            between the state is float32.
 
         Raises:
             InputError: for arguments that don't fit each other.
@@ -99,11 +100,13 @@ class PolicySampler:
             raise InputError("seeds and generator are both given; give one: each is a source of noise")
         if (condition_data is None) != (condition_mask is None):
             raise InputError("condition_data and condition_mask go together; one is given without the other")
+        sampler = self._sampler
+        dtype, device = sampler._model_dtype(), sampler._device(noise)
+        if condition_data is not None and condition_data.is_floating_point():
+            dtype = condition_data.dtype  # as in their loop: an engine's is of less precision than the policy's
         if condition_mask is not None and not condition_mask.any():
             condition_data = condition_mask = None  # as the policies say that nothing is known
         named = {"local_cond": local_cond, "global_cond": global_cond, "cond": cond}
-        sampler = self._sampler
-        dtype, device = sampler._model_dtype(), sampler._device(noise)
         draw = partial(_randn, shape, generator, dtype, device)
         x_T = noise
         if x_T is None and seeds is None:
@@ -124,7 +127,7 @@ class PolicySampler:
             noise=None if seeds is not None else lambda row: draw() if self._draws[row] else None,
         )
         kwargs = {name: value for name, value in named.items() if value is not None}
-        if set(kwargs) == {"global_cond"} and hasattr(sampler.model, "condition"):
+        if set(kwargs) == {"global_cond"} and _is_engine(sampler.model):
             with self._lock:
                 return self._observed(kwargs["global_cond"].to(device)).sample(shape, **options).to(dtype)
         return sampler.sample(shape, model_kwargs=kwargs, **options).to(dtype)
@@ -138,10 +141,17 @@ class PolicySampler:
             made.append(model.condition(global_cond))
             return made[0], Sampler(made[0], self._steps)
 
-        model, sampler = self._observing.get(len(global_cond), make)
+        model, sampler = self._observing.get(global_cond.shape, make)
         if not made:
             model.observe(global_cond)
         return sampler
+
+
+def _is_engine(model: object) -> bool:
+    """Whether it can be told its observations before. (Not `hasattr`: a `condition` of your model is another.)"""
+    from ..engine.policy import PolicyEngine
+
+    return isinstance(model, PolicyEngine)
 
 
 def _randn(shape: Sequence[int], generator: torch.Generator | None, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .conv1d_tiles import channels_of, step_of
+
 
 def conv1d(
     x: Tensor,
@@ -57,17 +59,14 @@ def pack_conv1d(
         weight: as `conv1d`'s.
         sources: channels of each, which add up to c_in.
         group: channels of a norm's group, or 0: a group is padded to a power of two, so that tiles have whole ones.
-        up: of a transposed convolution: two phases, of 2 taps. Phase 0 makes the positions 2 j, of j - 1 and j; phase 1
-            the positions 2 j + 1, of j and j + 1.
+        up: of a transposed convolution: its two `transposed_phases`.
         dtype: default: the weight's.
 
     A step is `block_k` channels of one source at one tap, taps first; what is padded is zero.
     """
-    from .conv1d_tiles import channels_of, step_of
-
     dtype = weight.dtype if dtype is None else dtype
     c_out = weight.shape[1] if up else weight.shape[0]
-    phases = [weight.transpose(0, 1)[..., taps] for taps in ([3, 1], [2, 0])] if up else [weight]
+    phases = transposed_phases(weight) if up else [weight]
     by = channels_of(c_out, group)
     k = step_of(sources, dtype)
     made = []
@@ -79,6 +78,14 @@ def pack_conv1d(
         grouped = F.pad(grouped, (0, 0, 0, by.tiles * by.block - len(grouped)))
         made.append(grouped.reshape(by.tiles, by.block, -1, k).transpose(1, 2))
     return torch.stack(made).to(dtype).contiguous()
+
+
+def transposed_phases(weight: Tensor) -> list[Tensor]:
+    """The weight of ConvTranspose1d(4, stride 2, padding 1), [c_in, c_out, 4], as two of 2 taps, [c_out, c_in, 2].
+
+    The first makes positions 2 j, of j - 1 and j; the second positions 2 j + 1, of j and j + 1.
+    """
+    return [weight.transpose(0, 1)[..., taps] for taps in ([3, 1], [2, 0])]
 
 
 def _group_norm(y: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

@@ -1,9 +1,11 @@
-"""How a 1-D convolution is divided among programs. Not measured on a GPU: the reasons are what is counted."""
+"""How a 1-D convolution is divided among programs: without Triton, for an engine on a machine that has none.
+
+Not measured on a GPU: the reasons are what is counted.
+"""
 
 from typing import NamedTuple
 
 import torch
-import triton
 
 # Programs that fill a GPU: the multiprocessors of an H100 or H200 (an A100 has 108, a B200 148).
 FILL = 132
@@ -26,15 +28,15 @@ def fits(positions: int, group: int) -> bool:
 
 def channels_of(c_out: int, group: int) -> Channels:
     """The tiles of `c_out` channels, in groups of `group`, 0 where no norm follows."""
-    padded = triton.next_power_of_2(group) if group else 1
+    padded = _power_of_2(group) if group else 1
     block = max(64, padded)
-    return Channels(padded, block, triton.cdiv(c_out // (group or 1), block // padded))
+    return Channels(padded, block, _cdiv(c_out // (group or 1), block // padded))
 
 
 def step_of(sources: tuple[int, ...], dtype: torch.dtype) -> int:
     """How many channels a step of the sum takes: 128 bytes, shared memory's widest swizzle, where there are as many."""
     most = 64 if dtype.itemsize == 2 else 32
-    return min(most, max(16, triton.next_power_of_2(max(sources))))
+    return min(most, max(16, _power_of_2(max(sources))))
 
 
 def segments_of(steps: int, tiles: int) -> int:
@@ -44,7 +46,7 @@ def segments_of(steps: int, tiles: int) -> int:
     segments as fill the GPU, of 4 steps at least, the depth of a pipeline. None is empty.
     """
     wanted = max(1, min(FILL // tiles, steps // 4))
-    return triton.cdiv(steps, triton.cdiv(steps, wanted))
+    return _cdiv(steps, _cdiv(steps, wanted))
 
 
 def rows_of(batch: int, positions: int) -> int:
@@ -52,4 +54,13 @@ def rows_of(batch: int, positions: int) -> int:
 
     The order of the sums is the same in all.
     """
-    return max(16, min(LONGEST, triton.next_power_of_2(batch * positions)))
+    return max(16, min(LONGEST, _power_of_2(batch * positions)))
+
+
+def _power_of_2(n: int) -> int:
+    """The least that is at least n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def _cdiv(n: int, by: int) -> int:
+    return -(-n // by)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import InputError
 from ..base import Compiled, kernels_run
-from ..lowering import uses
+from ..lowering import Lowered, uses
 from ..plan import Plan
 from . import on_torch, on_triton
 from .film import FilmRows
@@ -59,7 +59,8 @@ class PolicyEngine(Compiled):
         self.check_shape((horizon, self.channels))
         lowered = lower(network, unet, horizon)
         self.plan = Plan.of_lowered(lowered, batch, dtype.itemsize)
-        self._plan = lru_cache(maxsize=16)(self._planned)  # by batch and horizon; for all threads
+        # By batch and horizon, for all threads. Not a method: the engine would keep itself, and its weights, in memory.
+        self._plan = lru_cache(maxsize=16)(partial(_planned, lowered, dtype))
         self._own = self._uses_kernels(kernels, dtype, first.weight.device)
         maker = on_triton.maker if self._own else on_torch.maker
         with torch.no_grad(), torch.autocast(first.weight.device.type, enabled=False):
@@ -89,7 +90,6 @@ class PolicyEngine(Compiled):
         with torch.autocast(x.device.type, enabled=False):
             return self._run(x, t, self.film.observation(len(x), global_cond))
 
-    @torch.no_grad()
     def condition(self, global_cond: Tensor) -> ConditionedPolicy:
         """The model (x, t) for these observations, [B, n]: their part of FiLM is computed now, once for all steps.
 
@@ -110,6 +110,8 @@ class PolicyEngine(Compiled):
         if x.ndim != 3:
             raise InputError(f"x has shape {tuple(x.shape)}; the network takes [batch, horizon, channels]")
         self.check_shape(x.shape[1:])
+        if x.device != self.dtype_.device:
+            raise InputError(f"x is on {x.device}, the engine on {self.dtype_.device}; they must be on one device")
 
     def _run(self, x: Tensor, t: Tensor | float, observation: Tensor | None) -> Tensor:
         rows = self.film.time(len(x), t)
@@ -148,18 +150,19 @@ class PolicyEngine(Compiled):
             run(out, [values[v.index] for v in operation.sources], rows, residual, partial, counters[count])
         return values[lowered.out.index]
 
-    def _planned(self, batch: int, horizon: int) -> tuple[Plan, int, list[slice]]:
-        """The plan for a call, elements of its partial sums, and each operation's counters."""
-        plan = Plan.of_lowered(at_horizon(self.plan.lowered, horizon), batch, self.dtype.itemsize)
-        if not all(map(on_triton.fits, operations_of(plan.lowered))):
-            raise InputError(f"the kernel doesn't take horizon {horizon}: compile with kernels=False")
-        return plan, *on_triton.scratch_of(plan, self.dtype)
-
     def _uses_kernels(self, asked: bool | None, dtype: torch.dtype, device: torch.device) -> bool:
         able = dtype != torch.float64 and all(map(on_triton.fits, operations_of(self.plan.lowered)))
         if asked and not able:
             raise InputError("the kernel takes no torch.float64, horizon over 64 or group over 128: leave kernels out")
         return able and kernels_run(device, dtype) if asked is None else asked
+
+
+def _planned(lowered: Lowered, dtype: torch.dtype, batch: int, horizon: int) -> tuple[Plan, int, list[slice]]:
+    """The plan for a call, elements of its partial sums, and each operation's counters."""
+    plan = Plan.of_lowered(at_horizon(lowered, horizon), batch, dtype.itemsize)
+    if not all(map(on_triton.fits, operations_of(plan.lowered))):
+        raise InputError(f"the kernel doesn't take horizon {horizon}: compile with kernels=False")
+    return plan, *on_triton.scratch_of(plan, dtype)
 
 
 class ConditionedPolicy(nn.Module):
@@ -171,12 +174,11 @@ class ConditionedPolicy(nn.Module):
     def __init__(self, engine: PolicyEngine, global_cond: Tensor) -> None:
         super().__init__()
         self.engine = engine
-        rows = self._rows(global_cond)
+        rows = self._rows(global_cond, None)
         with torch.inference_mode(False):  # memory that `observe` may write to, in whatever mode that is called
             self.rows = torch.empty_like(rows)
         self.rows.copy_(rows)
 
-    @torch.no_grad()
     def observe(self, global_cond: Tensor) -> None:
         """Replace the observations by others, [B, n], of as many trajectories."""
         self.rows.copy_(self._rows(global_cond, len(self.rows)))
@@ -198,9 +200,12 @@ class ConditionedPolicy(nn.Module):
         """As the engine's."""
         self.engine.check_timesteps(t)
 
-    def _rows(self, global_cond: Tensor, batch: int | None = None) -> Tensor:
+    @torch.no_grad()
+    def _rows(self, global_cond: Tensor, batch: int | None) -> Tensor:
+        """Their part of FiLM; of `batch` trajectories, where that is known."""
+        if not isinstance(global_cond, Tensor) or global_cond.ndim != 2:
+            what = list(global_cond.shape) if isinstance(global_cond, Tensor) else type(global_cond).__name__
+            raise InputError(f"global_cond is {what}; give the observations, a tensor [B, n]")
         with torch.autocast(self.engine.dtype_.device.type, enabled=False):
             rows = self.engine.film.observation(len(global_cond) if batch is None else batch, global_cond)
-        if rows is None:  # for the types: with observations given there are rows
-            raise InputError("global_cond is None; give the observations, [B, n]")
-        return rows
+        return cast(Tensor, rows)  # None is of no observation

@@ -50,12 +50,6 @@ class Network:
     last: Block
     out: str
 
-    @property
-    def residuals(self) -> list[Residual]:
-        """All, in the order of the computation."""
-        levels = [block for level in self.downs for block in (level.first, level.second)]
-        return [*levels, *self.middle, *(block for level in self.ups for block in (level.first, level.second))]
-
 
 def is_policy_unet(module: object) -> bool:
     """Whether this is meant to be such a UNet: `read` says whether it is one."""

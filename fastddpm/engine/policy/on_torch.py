@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from fastddpm_kernels.conv1d_reference import transposed_phases
 from torch import Tensor, nn
 
 from ..on_torch import convolution, packs
@@ -38,15 +39,6 @@ def maker(operation: Conv1d, module: nn.Module, dtype: torch.dtype) -> Run:
         return finish(y, rows, residual)
 
     return run
-
-
-def transposed_phases(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The weight of ConvTranspose1d(4, stride 2, padding 1), [c_in, c_out, 4], as two of 2 taps, [c_out, c_in, 2].
-
-    The first makes positions 2 j, of j - 1 and j; the second positions 2 j + 1, of j and j + 1.
-    """
-    taps = weight.transpose(0, 1)
-    return taps[..., [3, 1]], taps[..., [2, 0]]
 
 
 def _interleaved(y: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from fastddpm_kernels import conv1d_tiles
+from fastddpm_kernels.conv1d_reference import pack_conv1d
 from torch import Tensor, nn
 
 from ..plan import Plan
@@ -17,15 +19,12 @@ Run = Callable[[Tensor, list[Tensor], Tensor, Tensor | None, Tensor, Tensor], No
 
 def fits(operation: Conv1d) -> bool:
     """Whether the kernel takes it: trajectories, and a norm's groups, may be too long for one tile."""
-    from fastddpm_kernels.conv1d_tiles import fits
-
-    return fits(operation.out.width // (2 if operation.up else 1), _group(operation))
+    return conv1d_tiles.fits(operation.out.width // (2 if operation.up else 1), _group(operation))
 
 
 def maker(operation: Conv1d, module: nn.Module, dtype: torch.dtype) -> Run:
     """The function that does an operation, with its weights, in `dtype`, in it."""
     from fastddpm_kernels.conv1d import launch_conv1d
-    from fastddpm_kernels.conv1d_reference import pack_conv1d
 
     layer: Any = module.get_submodule(operation.name)
     sources = tuple(value.channels for value in operation.sources)
@@ -57,12 +56,12 @@ def maker(operation: Conv1d, module: nn.Module, dtype: torch.dtype) -> Run:
 
 def scratch_of(plan: Plan, dtype: torch.dtype) -> tuple[int, list[slice]]:
     """For each operation its counters; and the partial sums' elements, which they use one after another."""
-    from fastddpm_kernels.conv1d import scratch_of
+    from fastddpm_kernels import conv1d
 
     partial = 0
     counters: list[slice] = []
     for operation in operations_of(plan.lowered):
-        needed, count = scratch_of(
+        needed, count = conv1d.scratch_of(
             plan.batch,
             operation.out.width,
             tuple(value.channels for value in operation.sources),
