@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import torch
+from fastddpm_kernels import conv, conv_choice, conv_kernel
 from fastddpm_kernels.attention_reference import attention
 from helpers import DEVICE
+from test_engine import CIFAR
 
 from fastddpm import UNet, engine
 from fastddpm.engine import on_triton
@@ -136,3 +138,39 @@ def test_a_head_too_wide_for_the_kernel():
     )
     truth = attention(packed.double().flatten(1, 2), 1).reshape(out.shape)
     assert (out - truth).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["attention", "scale and shift, rescaled"])
+def test_convolutions_that_a_table_gives_to_cudnn(name, monkeypatch):
+    """PyTorch's, with the norms behind them: the same network; and each is looked up by its own shape."""
+    config, asked = CONFIGS[name], []
+
+    def choice(gpu, shape, batch):
+        asked.append(shape)
+        return conv_choice.Choice(own=False, numbers=None, split=None)
+
+    net, (x, t, labels) = made(config), inputs(config)
+    truth = copy.deepcopy(net).double()(x.double(), t, labels)
+    eager = copy.deepcopy(net).bfloat16()(x.bfloat16(), t, labels)
+    monkeypatch.setattr(conv_choice, "choice", choice)
+
+    def launch_conv(x, weight, *args, **options):
+        assert weight.shape[0] == x.shape[3], "a convolution was ours"  # a projection: 1x1
+        return launch(x, weight, *args, **options)
+
+    launch = conv.launch_conv
+    monkeypatch.setattr(conv, "launch_conv", launch_conv)
+    fast = engine.compile(net, batch=2, kernels=True)
+    assert rms(fast(x, t, labels) - truth) <= 2 * rms(eager - truth)
+    assert asked == [on_triton.shape_of(op, torch.bfloat16) for op in fast.plan.lowered.operations if op.kind == "conv"]
+
+
+@pytest.mark.parametrize("batch", [1, 8, 256])
+def test_an_operation_is_one_launch(batch, monkeypatch):
+    """Counted, at every batch: 72 of the CIFAR-10 network, where eager PyTorch has 392."""
+    launches = []
+    monkeypatch.setattr(conv, "interpreted", lambda: False)  # there it launches twice what exchanges statistics
+    monkeypatch.setattr(type(conv_kernel.conv_kernel), "run", lambda kernel, *args, **options: launches.append(kernel))
+    fast = engine.compile(made(CIFAR), batch=batch, kernels=True)
+    fast(torch.zeros(batch, 3, 32, 32, device=DEVICE), torch.zeros(batch, dtype=torch.int64, device=DEVICE))
+    assert len(launches) == len(fast.plan.lowered.operations) == 72

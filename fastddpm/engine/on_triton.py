@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..unet import UNet
+from . import on_torch
 from .on_torch import Inputs, attended
 from .operations import Attention, Conv, Linear, Norm, Operation, Product
+
+if TYPE_CHECKING:
+    from fastddpm_kernels.conv_choice import ConvShape
 
 
 class Memory(NamedTuple):
@@ -106,10 +111,72 @@ def _product(operation: Product, unet: UNet, weight: Tensor, bias: Tensor, **opt
     return run
 
 
+def shape_of(operation: Product, dtype: torch.dtype) -> ConvShape:
+    """What the kernel is given for an operation: where in the tuned tables it is."""
+    from fastddpm_kernels.conv_choice import ConvShape
+
+    conv = operation if isinstance(operation, Conv) else Conv("", operation.sources, operation.out, kernel=1)
+    c0, c1 = ([value.channels for value in operation.sources] + [0])[:2]
+    s0, s1 = ([value.channels for value in conv.shortcut] + [0, 0])[:2]
+    return ConvShape(
+        dtype=str(dtype).removeprefix("torch."),
+        height=operation.out.height,
+        width=operation.out.width,
+        c0=c0,
+        c1=c1,
+        cout=operation.out.channels,
+        kernel=conv.kernel,
+        stride=conv.stride,
+        padding=conv.padding if conv.stride > 1 else 1,
+        up=conv.up,
+        row=conv.time is not None,
+        s0=s0,
+        s1=s1,
+        residual=operation.residual is not None,
+        norms=tuple(norm.channels_in // norm.groups for norm in operation.norms),
+        raw=operation.raw,
+    )
+
+
+def _cudnn_is_faster(operation: Conv, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a table says so that was measured on this GPU: of a shape, at every batch: so bits don't change."""
+    from fastddpm_kernels.conv_choice import choice, gpu_of
+
+    found = choice(gpu_of(device).name, shape_of(operation, dtype), batch=1)
+    return found is not None and not found.own
+
+
+def _by_cudnn(operation: Conv, unet: UNet, dtype: torch.dtype) -> Run:
+    """PyTorch's convolution and what follows it, and our norms."""
+    from fastddpm_kernels.group_norm import launch_group_norm
+
+    plain = on_torch.MAKERS[Conv](replace(operation, norms=(), raw=True), unet, dtype)
+    affines = [_affine(norm, unet) for norm in operation.norms]
+
+    def run(outs: list[Tensor], given: Inputs, memory: Memory) -> None:
+        residual = None if given.residual is None else _nchw(given.residual)
+        seen = Inputs([_nchw(x) for x in given.sources], given.rows, residual, [_nchw(x) for x in given.past])
+        y = plain(seen)[0].permute(0, 2, 3, 1).contiguous()
+        if operation.raw:
+            outs[0].copy_(y)
+        for norm, (weight, bias, eps), out in zip(operation.norms, affines, outs[operation.raw :], strict=True):
+            scale, shift = _modulation(norm, given.rows)
+            options: dict[str, Any] = dict(groups=norm.groups, eps=eps, silu=norm.silu)
+            launch_group_norm(y, None, out, weight, bias, scale=scale, shift=shift, **options)
+
+    return run
+
+
+def _nchw(x: Tensor) -> Tensor:
+    return x.permute(0, 3, 1, 2)
+
+
 def _conv(operation: Conv, unet: UNet, dtype: torch.dtype) -> Run:
     from fastddpm_kernels.conv_reference import pack_weight, phase_weights
 
     module: Any = unet.get_submodule(operation.name)
+    if _cudnn_is_faster(operation, module.weight.device, dtype):
+        return _by_cudnn(operation, unet, dtype)
     bias, packed = _float(module.bias), None
     if operation.shortcut:
         shortcut: Any = unet.get_submodule(operation.shortcut_name)
