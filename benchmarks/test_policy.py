@@ -50,7 +50,7 @@ def contenders(net: nn.Module, x: Tensor, t: Tensor, cond: Tensor) -> dict[str, 
 
 
 def timed(calls: dict[str, Call]) -> dict[str, Callable[[], object]]:
-    """On a GPU all as graphs, and eager without one too: ready to be called. What can't be captured takes no part."""
+    """On a GPU all as graphs, and eager without one too: ready to be called. Without peers that can't be captured."""
     if not CUDA:
         return dict(calls)
     ready: dict[str, Callable[[], object]] = {}
@@ -58,6 +58,8 @@ def timed(calls: dict[str, Call]) -> dict[str, Callable[[], object]]:
         try:
             ready[f"{name}, graph"] = graphed(call)
         except Exception as error:  # PyTorch and Triton raise many kinds
+            if name.startswith("engine"):
+                raise
             print(f"{name}: {type(error).__name__}: {str(error).splitlines()[0][:200]}")
         if name.startswith("eager"):
             ready[name] = call

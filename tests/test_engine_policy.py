@@ -415,23 +415,23 @@ def test_the_policy_front_does_the_observations_part_once_a_call(monkeypatch):
 
 
 def test_the_policy_front_keeps_the_policys_precision():
-    """Noise, what is known, and trajectories are as theirs, in condition_data's dtype; the engine is bfloat16."""
+    """Noise, what is known, and trajectories are as theirs, in the policy's dtype; the engine is bfloat16."""
     pytest.importorskip("diffusers", reason="diffusers has the policies' schedulers")
     from fastddpm.integrations.diffusion_policy import PolicySampler
 
     net, table = made(**SMALL), solvers.ddpm(NoiseSchedule.linear(100), 5)
     _, _, cond = given(net)
     data, mask = torch.randn(3, 8, 2), torch.zeros(3, 8, 2, dtype=torch.bool)
-    for known in (mask, mask.index_fill(1, torch.arange(2), True)):
+    for known in (None, mask, mask.index_fill(1, torch.arange(2), True)):
         theirs, ours = (
             PolicySampler(model, table).sample(
-                (3, 8, 2), global_cond=cond, condition_data=data, condition_mask=known,
-                generator=torch.Generator().manual_seed(3),
+                (3, 8, 2), global_cond=cond, generator=torch.Generator().manual_seed(3),
+                condition_data=None if known is None else data, condition_mask=known,
             )
             for model in (net, PolicyEngine(net, horizon=8))
         )  # fmt: skip
         assert ours.dtype == torch.float32
-        assert torch.equal(ours[known], data[known])
+        assert known is None or torch.equal(ours[known], data[known])
         assert rms(ours - theirs) <= 0.05 * rms(theirs)
         assert not torch.equal(ours, ours.bfloat16().float())
 

@@ -89,8 +89,8 @@ class PolicySampler:
             noise: start from this, [B, horizon, dim], and draw only the steps' noise.
 
         Returns:
-            [B, horizon, dim] in condition_data's dtype, without it in the model's; torch's noise is drawn in it too. In
-            between the state is float32.
+            [B, horizon, dim] in condition_data's dtype; without it in the model's, or where that is an engine, in
+            global_cond's. Torch's noise is drawn in it too; in between the state is float32.
 
         Raises:
             InputError: for arguments that don't fit each other.
@@ -102,8 +102,10 @@ class PolicySampler:
             raise InputError("condition_data and condition_mask go together; one is given without the other")
         sampler = self._sampler
         dtype, device = sampler._model_dtype(), sampler._device(noise)
-        if condition_data is not None and condition_data.is_floating_point():
-            dtype = condition_data.dtype  # as in their loop: an engine's is of less precision than the policy's
+        engine = _is_engine(sampler.model)
+        policys = global_cond if condition_data is None and engine else condition_data
+        if policys is not None and policys.is_floating_point():
+            dtype = policys.dtype  # as in their loops; an engine's may be of less precision
         if condition_mask is not None and not condition_mask.any():
             condition_data = condition_mask = None  # as the policies say that nothing is known
         named = {"local_cond": local_cond, "global_cond": global_cond, "cond": cond}
@@ -127,7 +129,7 @@ class PolicySampler:
             noise=None if seeds is not None else lambda row: draw() if self._draws[row] else None,
         )
         kwargs = {name: value for name, value in named.items() if value is not None}
-        if set(kwargs) == {"global_cond"} and _is_engine(sampler.model):
+        if set(kwargs) == {"global_cond"} and engine:
             with self._lock:
                 return self._observed(kwargs["global_cond"].to(device)).sample(shape, **options).to(dtype)
         return sampler.sample(shape, model_kwargs=kwargs, **options).to(dtype)
