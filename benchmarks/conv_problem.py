@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from fastddpm_kernels import conv_reference
-from fastddpm_kernels.conv_choice import ConvShape
+from fastddpm_kernels.conv_choice import ConvShape, gpu_of, rule, segments
 from fastddpm_kernels.conv_tiles import Tile
 from torch import Tensor
 
@@ -129,6 +129,11 @@ class Problem:
         need = conv_scratch(self.batch, s.height * s.width, s.cout, s.norms, up=s.up)
         self.workspace = torch.empty(need.floats, device=self.device) if need.floats else None
         self.counters = torch.zeros(calls, need.counters, dtype=torch.int32, device=self.device)
+
+    @property
+    def rule(self) -> Tile:
+        """The rule's tile, whatever the GPU's table says."""
+        return rule(gpu_of(self.device), self.shape, self.batch, segments(self.shape))
 
     def own(self, at: int = 0, tile: Tile | None = None, split: bool | None = None) -> list[Tensor]:
         """Our convolution, of set `at`: returns its outputs, which the next call overwrites."""

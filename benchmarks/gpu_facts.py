@@ -39,6 +39,12 @@ from benchmarks.unet_networks import CIFAR
 from fastddpm.engine.plan import Plan
 from fastddpm.errors import InputError
 
+Keep = Callable[[dict[str, Any]], object]  # is given what was found so far
+
+
+def _nowhere(found: dict[str, Any]) -> None:
+    pass
+
 
 def matmul_rate(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> float:
     """FLOP/s of a product of square matrices of random numbers: 8192 a side on a GPU."""
@@ -69,10 +75,11 @@ def roofs(device: torch.device) -> dict[str, Any]:
     return {"copy_gb_per_s_by_bytes": copies, "matmul_tflops": products}
 
 
-def slots(device: torch.device) -> dict[str, Any]:
+def slots(device: torch.device, keep: Keep = _nowhere) -> dict[str, Any]:
     """Of each convolution of the CIFAR-10 network, cuDNN's and ours: does a result depend on its slot, or on the batch?
 
-    With cuDNN's search (benchmark) and without; the other batch is twice as large.
+    With cuDNN's search (benchmark) and without; the other batch is twice as large. First all of cuDNN, which nothing of
+    ours can spoil; `keep` is given what there is after each shape.
     """
     small = device.type == "cpu"
     batch = 4 if small else 64
@@ -83,15 +90,21 @@ def slots(device: torch.device) -> dict[str, Any]:
         ways["ours"] = Problem.own
     found: dict[str, Any] = {}
     before = torch.backends.cudnn.benchmark
-    for shape in list(dict.fromkeys(plain))[: 3 if small else None]:
-        problem, larger = (Problem(shape, b, device, sets=1) for b in (batch, 2 * batch))
-        found[shape.key] = {}
-        for search in (False, True):
-            torch.backends.cudnn.benchmark = search
-            for what, how in ways.items():
-                found[shape.key][f"{what}, benchmark {search}"] = looks(how, problem, larger)
+    made = {"batch": batch, "shapes": found}
+    shapes = list(dict.fromkeys(plain))[: 3 if small else None]
+    for what, how in ways.items():
+        for shape in shapes:
+            part = found.setdefault(shape.key, {})
+            for search in (False, True) if what == "cudnn" else (None,):
+                torch.backends.cudnn.benchmark = before if search is None else search
+                name = what if search is None else f"{what}, benchmark {search}"
+                try:
+                    part[name] = looks(how, *(Problem(shape, b, device, sets=1) for b in (batch, 2 * batch)))
+                except Exception as error:  # of one shape; PyTorch and Triton raise many kinds
+                    part[name] = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:200]}"
+            keep(made)
     torch.backends.cudnn.benchmark = before
-    return {"batch": batch, "shapes": found}
+    return made
 
 
 def looks(how: Callable[[Problem], list[Tensor]], problem: Problem, larger: Problem) -> dict[str, bool]:
@@ -175,7 +188,7 @@ def _graph_seconds(call: Callable[[], object], nodes: int) -> float:
     return times.median
 
 
-FACTS = {"roofs": roofs, "slots": slots, "normal": normals, "gaps": gaps}
+FACTS: dict[str, Callable[..., dict[str, Any]]] = {"roofs": roofs, "slots": slots, "normal": normals, "gaps": gaps}
 
 
 @click.command()
@@ -183,10 +196,15 @@ FACTS = {"roofs": roofs, "slots": slots, "normal": normals, "gaps": gaps}
 def main(fact: str) -> None:
     """Measure one FACT of this GPU, print it and write it as JSON."""
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    header = unet_results.header(fact)
+
+    def keep(found: dict[str, Any]) -> Path:
+        return unet_results.write(header | {"found": found})
+
     with torch.no_grad():
-        found = FACTS[fact](device)
+        found = slots(device, keep) if fact == "slots" else FACTS[fact](device)
     click.echo(json.dumps(found, indent=1))
-    click.echo(f"wrote {unet_results.write(unet_results.header(fact) | {'found': found})}")
+    click.echo(f"wrote {keep(found)}")
 
 
 if __name__ == "__main__":

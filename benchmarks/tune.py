@@ -12,6 +12,7 @@ norms. Many calls are timed in a CUDA graph, in turn. What was measured before s
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -71,7 +72,7 @@ def measure(problem: Problem, most: int, timed: Race = race) -> tuple[dict[str, 
     Raises:
         ArithmeticError: the rule's own tile is wrong, or cuDNN's result: nothing of this shape is to be measured.
     """
-    exact, first = problem.exact(), [made.clone() for made in problem.own()]
+    exact, first = problem.exact(), [made.clone() for made in problem.own(0, problem.rule)]
     errors = {RULE: problem.error(first, exact), CUDNN: problem.error(problem.cudnn(), exact)}
     for name, error in errors.items():
         if not error <= problem.bound:
@@ -101,12 +102,13 @@ def measure(problem: Problem, most: int, timed: Race = race) -> tuple[dict[str, 
 
 
 def _own(problem: Problem, tile: Tile | None, split: bool | None) -> Call:
+    tile = tile or problem.rule  # not the table's: tuned again it would be compared with itself
     return lambda at: problem.own(at, tile, split)
 
 
 def _refused(problem: Problem, first: Sequence[torch.Tensor], tile: Tile | None, split: bool | None) -> str | None:
     try:
-        made = problem.own(0, tile, split)
+        made = problem.own(0, tile or problem.rule, split)
     except Exception as error:  # too much shared memory, too few registers: Triton has a kind for each
         return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:200]}"
     same = all(torch.equal(a, b) for a, b in zip(made, first, strict=True))
@@ -139,9 +141,11 @@ def tune(
     device, end = here(), time.monotonic() + seconds
     for at, shape in enumerate(shapes):
         measured: dict[str, Any] = {}
+        late = False
         for batch in batches:
-            if time.monotonic() > end:
-                return len(shapes) - at
+            late = time.monotonic() > end
+            if late:
+                break
             try:
                 problem = Problem(shape, batch, device, calls=calls_in_a_row(shape, batch))
                 measured[str(batch)], left_out = measure(problem, most, timed)
@@ -153,6 +157,8 @@ def tune(
                 click.echo(f"    {name}: {reason}")
         if measured:
             tuned.add(path, tuned.gpu_name(), {shape.key: measured})
+        if late:
+            return len(shapes) - at
     return 0
 
 
@@ -178,7 +184,8 @@ def compile_part(shapes: Sequence[ConvShape], part: str, most: int) -> None:
     for shape in shapes[first::of]:
         problem = Problem(shape, 1, here(), sets=1)
         for tile, split in candidates(shape, most).values():
-            _refused(problem, problem.own(), tile, split)
+            with contextlib.suppress(Exception):  # `measure` says what it was
+                problem.own(0, tile, split)
 
 
 def network(folder: Path | None) -> UNetConfig:

@@ -147,7 +147,8 @@ class Documented(Eager):
 
     def __init__(self, setting: Setting, compiled: Callable[..., Any] | None = None) -> None:
         super().__init__(setting, torch.bfloat16, torch.channels_last)
-        self.fast = (compiled or torch.compile)(self.model, mode="max-autotune", fullgraph=True)
+        # Never a batch that varies: what a compiler makes of another contender's batch before would be slower.
+        self.fast = (compiled or torch.compile)(self.model, mode="max-autotune", fullgraph=True, dynamic=False)
 
     def call(self, x: Tensor, t: Tensor) -> Tensor:
         torch.compiler.cudagraph_mark_step_begin()
@@ -199,7 +200,9 @@ class Whole:
                 self.cursor.copy_(cursor)
 
     def prepare(self) -> None:
-        self.predict()
+        # Dynamo asks Inductor's config, not the options: without this a frozen network's weights would stay arguments.
+        with torch._inductor.config.patch(freezing=FLAGS[self.flags].get("freezing", False)):
+            self.predict()
         if self.setting.cuda and not self.trees:
             for n in self.lengths:
                 self.cursor.zero_()  # of the warm-up

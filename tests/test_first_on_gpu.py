@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -66,6 +67,45 @@ def test_a_step_and_its_children_end_in_time(tmp_path: Path) -> None:
     assert run_step(python("orphan", popen), tmp_path, 60.0).outcome == "passed"
     time.sleep(2.0)
     assert not mark.exists()
+
+
+def test_a_stopped_step_may_say_what_it_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('so far')"
+    assert run_step(python("slow", code, minutes=3 / 60), tmp_path, 60.0).outcome == "stopped"
+    assert (tmp_path / "slow.log").read_text() == "so far\n"
+    monkeypatch.setattr(first_on_gpu, "GRACE", 0.3)
+    deaf = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\ntime.sleep(60)"
+    begin = time.monotonic()
+    assert run_step(python("deaf", deaf, minutes=2 / 60), tmp_path, 60.0).outcome == "stopped"
+    assert time.monotonic() - begin < 10
+
+
+def test_no_step_lives_on_when_all_are_ended(tmp_path: Path) -> None:
+    """As by a limit on the whole: the step is in a session of its own, which the signal doesn't reach."""
+    mark, begun = tmp_path / "mark", tmp_path / "begun"
+    touch = "__import__('pathlib').Path({!r}).touch()"
+    slow = f"import time; {touch.format(str(begun))}; time.sleep(3); {touch.format(str(mark))}"
+    code = (
+        "import sys\nfrom benchmarks import command, first_on_gpu as f\n"
+        f"f.gpu = lambda: 'GPU'\nf.chosen = lambda *_: [f.Step('slow', '', (sys.executable, '-c', {slow!r}), 1.0)]\n"
+        f"sys.exit(command.run(f.main, ['--out', {str(tmp_path)!r}]))"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"}
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment, stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 60
+    while not begun.exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(30) == 130
+    time.sleep(3.5)
+    assert begun.exists()
+    assert not mark.exists()
+
+
+def test_no_two_steps_write_the_same_file() -> None:
+    """`kernels` and `loop` call their files after the machine and the commit."""
+    folders = [step.words[step.words.index("--out") + 1] for step in STEPS if step.name in ("kernels", "loop")]
+    assert len(folders) == len(set(folders)) == 2
 
 
 def test_no_step_begins_without_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,6 +210,25 @@ def test_what_depends_on_slot_or_batch(spoil: Callable[[Tensor, int], Tensor], w
         assert not found[wrong]
 
 
+def test_slots_are_kept_by_the_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[str] = []
+
+    def looks(how: Any, problem: Problem, larger: Problem) -> dict[str, bool]:
+        if len(kept) == 1:
+            raise RuntimeError("no kernel\nat all")
+        return {"same again": problem.batch * 2 == larger.batch}
+
+    monkeypatch.setattr(gpu_facts, "looks", looks)
+    before = torch.backends.cudnn.benchmark
+    found = gpu_facts.slots(CPU, lambda made: kept.append(json.dumps(made)))
+    assert len(kept) == len(found["shapes"]) == 3
+    assert [len(json.loads(text)["shapes"]) for text in kept] == [1, 2, 3]
+    assert list(found["shapes"].values())[1] == {
+        f"cudnn, benchmark {on}": "RuntimeError: no kernel" for on in (False, True)
+    }
+    assert torch.backends.cudnn.benchmark is before
+
+
 def test_facts_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setenv("OUT", str(tmp_path))
     assert command.run(gpu_facts.main, ["normal"]) == 0
@@ -237,13 +296,17 @@ def test_a_cold_start(tmp_path: Path) -> None:
 def test_a_cold_start_has_caches_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, str]] = []
 
-    def fake(words: list[str], *, env: dict[str, str], **_: Any) -> Any:
+    def fake(words: list[str], *, env: dict[str, str], stdout: Any, **_: Any) -> Any:
         seen.append(env)
-        assert all(not os.path.exists(env[cache]) for cache in cold_start.CACHES)
-        return type("Done", (), dict(returncode=0, stdout='noise\n{"import_s": 1.0}\n', stderr=""))
+        assert all(not os.path.exists(env[cache]) for cache in cold_start.CACHES if env[cache] != "/warm")
+        stdout.write('noise\n{"import_s": 1.0}\nmore noise\n')
+        return type("Done", (), dict(returncode=0))
 
     monkeypatch.setattr(cold_start.subprocess, "run", fake)
     monkeypatch.setenv("TRITON_CACHE_DIR", "/warm")
     assert cold_start.timed("ours", 1, 60.0)["import_s"] == 1.0
     cold_start.timed("ours", 1, 60.0)
     assert len({env["TRITON_CACHE_DIR"] for env in seen} | {"/warm"}) == 3
+    monkeypatch.setattr(cold_start, "CACHES", ("TRITON_CACHE_DIR",))
+    cold_start.run("ours", 1, 60.0)
+    assert seen[-1]["TRITON_CACHE_DIR"] == "/warm"

@@ -241,11 +241,40 @@ def test_a_table_grows_by_the_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert tune.tune([SMALL, HALF], [1], 1, -1.0, path) == 2
 
 
+def test_what_was_measured_of_a_shape_is_kept_without_time_for_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuned, "gpu_name", lambda: "Some GPU")
+    now = iter([0.0, 1.0, 11.0, 99.0])  # the beginning, before batches 1, 2
+    monkeypatch.setattr(tune.time, "monotonic", lambda: next(now))
+    path = tmp_path / "some-gpu.json"
+    assert tune.tune([SMALL, HALF], [1, 2], 1, 10.0, path, partial(fake, {tune.RULE: 3.0})) == 2
+    assert list(conv_choice.read(path)["shapes"][SMALL.key]["batches"]) == ["1"]
+
+
+def test_the_rules_tile_is_the_rules_where_there_is_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else tuning again would compare the table with itself."""
+    given: list[Any] = []
+    monkeypatch.setattr("fastddpm_kernels.conv.launch_conv", lambda *_, **more: given.append(more["tile"]))
+    problem = Problem(HALF._replace(c0=64, cout=32), 2, CPU)
+    monkeypatch.setattr(problem, "error", lambda *_: 0.0)
+    tune.measure(problem, 1, lambda calls, *_: ([call(0) for call in calls.values()], fake({}, calls))[1])
+    rule = conv_choice.rule(conv_choice.gpu_of(CPU), problem.shape, 2, conv_choice.segments(problem.shape))
+    assert given == [rule] * 3  # what all are compared with, itself compared, and timed
+
+
 def test_compiling_processes_share_all_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = [HALF._replace(height=h) for h in (1, 2, 4, 8, 16)]
     seen: list[Any] = []
-    monkeypatch.setattr(tune, "Problem", lambda shape, *_, **__: SimpleNamespace(shape=shape, own=list))
-    monkeypatch.setattr(tune, "_refused", lambda problem, *given: seen.append((problem.shape, *given[1:])))
+
+    def problem(shape: ConvShape, *_: Any, **__: Any) -> Any:
+        def own(at: int, tile: Tile | None, split: bool | None) -> None:
+            seen.append((shape, tile, split))
+            raise RuntimeError("out of resource")  # the rule's tile too: the others are compiled all the same
+
+        return SimpleNamespace(own=own)
+
+    monkeypatch.setattr(tune, "Problem", problem)
     for part in ("0/2", "1/2"):
         tune.compile_part(shapes, part, 3)
     expected = [(shape, *given) for shape in shapes for given in tune.candidates(shape, 3).values()]

@@ -242,15 +242,84 @@ def test_the_figures_are_kept_before_the_compilers_begin(setting: Setting) -> No
 
     race = UNetRace(setting, makers)
     returned = unet_race.measured(race, 1, None, keep, seconds=60.0, first="trees", most=2, maker=made)
-    assert order == ["E bfloat16", "ours", "kept", "C1", "trees", "max-autotune", "kept"]
+    assert order == ["E bfloat16", "kept", "ours", "kept", "trees", "max-autotune", "kept", "C1", "kept"]
     assert [set(record["contenders"]) for record in kept] == [
+        {"E bfloat16"},
         {"E bfloat16", "ours"},
+        {"E bfloat16", "ours", "C2"},
         {"E bfloat16", "ours", "C1", "C2"},
     ]
-    assert returned is kept[1]
+    assert [record["rounds"] for record in kept] == [2, 2, 2, 7]
+    assert returned is kept[3]
     order.clear()
     unet_race.measured(UNetRace(setting, makers), 1, None, keep, seconds=-1.0, maker=made)
-    assert order[-2:] == ["max-autotune", "kept"]  # one of the flags is tried whatever it takes
+    assert order[-4:] == ["max-autotune", "kept", "C1", "kept"]  # one of the flags is tried whatever it takes
+
+
+def test_what_the_profiler_counts_comes_last(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be what ends the process."""
+    kept: list[Any] = []
+
+    def launches(call: Callable[[], object]) -> int:
+        assert len(kept) == 4
+        return 10
+
+    monkeypatch.setattr(unet_race.counts, "launches", launches)
+    monkeypatch.setattr(UNetRace, "_tidy", lambda race: None)
+    monkeypatch.setattr(UNetRace, "_reserved", lambda race: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    race = UNetRace(setting, {"E bfloat16": lambda: Fake(setting)})
+    race.setting = SimpleNamespace(batch=2, steps=5, cuda=True)  # type: ignore[assignment]
+    unet_race.measured(
+        race, 1, None, lambda record: kept.append(json.dumps(record)), seconds=1.0, maker=lambda _: broken()
+    )
+    assert len(kept) == 5
+    assert json.loads(kept[-1])["contenders"]["E bfloat16"]["kernels_step"] == 2.0
+
+
+def test_a_step_that_is_not_captured_is_told(setting: Setting) -> None:
+    class Warning_(Fake):
+        def prepare(self) -> None:
+            unet_race.warnings.warn("torch is new", FutureWarning, stacklevel=1)
+            unet_race.warnings.warn("no CUDA graph: the model waits; slower", stacklevel=1)
+
+    race = UNetRace(setting, {"ours": lambda: Warning_(setting), "other": lambda: Fake(setting)})
+    race.make()
+    shown = rows(race.record(1, None, 1))
+    assert shown["ours"]["error"].endswith("(no CUDA graph: the model waits; slower)")
+    assert "warned" not in race.made["other"]
+
+
+def test_ours_runs_alone_first(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: dict[str, Any] = {"failed": "not done in 180 s"}
+    makers = {name: lambda: Fake(setting) for name in ("E bfloat16", "ours", "ours, PyTorch's kernels")}
+    assert test_unet.checked(makers, 2) is makers  # on a CPU
+    monkeypatch.setattr(test_unet, "CUDA", True)
+    monkeypatch.setattr(test_unet.cold_start, "run", lambda name, batch, limit: found)
+    race = UNetRace(setting, test_unet.checked(makers, 2))
+    race.make()
+    assert set(race.ready) == {"E bfloat16", "ours, PyTorch's kernels"}
+    assert race.made["ours"] == {"failed": "RuntimeError: in a process of its own: not done in 180 s"}
+    found.clear()
+    assert test_unet.checked(makers, 2) is makers
+
+
+@torch.no_grad()
+def test_a_frozen_network_has_no_weights_as_arguments(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo asks Inductor's config while it traces; the option alone froze nothing."""
+    seen: list[bool] = []
+    for flags in ("freezing", "max-autotune"):
+        whole = Whole(setting, flags, uncompiled)
+        monkeypatch.setattr(whole, "predict", lambda: seen.append(torch._inductor.config.freezing))
+        whole.prepare()
+    assert seen == [True, False]
+    assert not torch._inductor.config.freezing
+
+
+def test_the_documented_way_has_a_size_that_is_fixed(setting: Setting) -> None:
+    given: dict[str, Any] = {}
+    Documented(setting, lambda model, **options: given.update(options))
+    assert given == {"mode": "max-autotune", "fullgraph": True, "dynamic": False}
 
 
 @torch.no_grad()
@@ -291,6 +360,7 @@ def test_a_graph_is_warmed_up_elsewhere_and_captured_once(monkeypatch: pytest.Mo
         stream=lambda stream: Scope("other stream"),
         synchronize=lambda: log.append("synchronize"),
         CUDAGraph=lambda: made,
+        set_stream=lambda stream: log.append("set back" if stream is current else "elsewhere"),
         graph=lambda graph: Scope("capture"),
     ).items():
         monkeypatch.setattr(torch.cuda, name, value)
@@ -298,8 +368,17 @@ def test_a_graph_is_warmed_up_elsewhere_and_captured_once(monkeypatch: pytest.Mo
     replay()
     assert log == [
         *("other waits", "other stream", "call", "call", "end of other stream", "current waits", "synchronize"),
-        *("capture", "call", "end of capture", "replay"),
+        *("capture", "call", "end of capture", "set back", "replay"),
     ]
+    log.clear()
+
+    def breaks() -> None:
+        if "capture" in log:
+            raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        race_module.graphed(breaks, warmups=1)
+    assert log[-1] == "set back"
 
 
 def test_kernels_are_counted_a_step(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
