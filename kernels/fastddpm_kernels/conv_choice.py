@@ -67,6 +67,7 @@ def step(shape: ConvShape) -> int:
     return step_of(channels, getattr(torch, shape.dtype), flat=flat(shape))
 
 
+@lru_cache(maxsize=4096)
 def steps(shape: ConvShape, k: int) -> int:
     """How many steps of k channels the sum has."""
     taps = 4 if shape.up else shape.kernel**2  # `phase_weights`
