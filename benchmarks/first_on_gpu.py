@@ -40,6 +40,10 @@ LEAST = 20.0  # seconds: with less left a step is not begun
 GRACE = 10.0  # seconds that a stopped step has to say what it found so far
 # Names as they come, and where one hangs, since that is never done; files that lack a package are left out.
 TESTS = (*PYTHON, "-m", "pytest", "-v", "-s", "--tb=short", "--continue-on-collection-errors")
+# What else the interpreter runs, compiled for this GPU.
+NATIVE = [f"tests/test_{name}.py" for name in (
+    "conv", "conv_norm", "group_norm", "attention", "engine_kernels", "reverse_step", "noise",
+)]  # fmt: skip
 TAIL = 25  # lines of a log in the summary
 Outcome = Literal["passed", "failed", "stopped", "not run"]
 
@@ -92,6 +96,7 @@ STEPS = (
         (*PYTHON, "-m", "benchmarks.tune", "--out", "{out}", "--tiles", "5", "--seconds", "220"),
         4.0,
     ),
+    Step("native", "the kernels' tests, compiled for the GPU", (*TESTS, "-n", "7", "-m", "not gpu", *NATIVE), 5.0),
     Step("slots", "is cuDNN independent of the slot?", (*FACT, "slots"), 2.5),
     Step("normal", "our normals against float64", (*FACT, "normal"), 1.0),
     Step("gaps", "microseconds a node of a CUDA graph", (*FACT, "gaps"), 1.0),

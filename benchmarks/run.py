@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -81,10 +82,30 @@ def rows(record: dict[str, Any]) -> dict[str, dict[str, str]]:
     return made
 
 
-def run(names: list[str], plan: suite.Plan, *, short: bool) -> dict[str, Any]:
-    """Measure the cases, print each as it is done, return the whole record."""
-    start, before = datetime.now(UTC), machine()
+def run(
+    names: list[str], plan: suite.Plan, *, short: bool, keep: Callable[[dict[str, Any]], object] = lambda record: None
+) -> dict[str, Any]:
+    """Measure the cases, print each as it is done, return the whole record; `keep` is given it after each size."""
+    start, before, (commit, dirty) = datetime.now(UTC), machine(), results.commit()
     measured, left_out = [], {} if plan.no_compile is None else {"torch.compile": plan.no_compile}
+
+    def made() -> dict[str, Any]:
+        return {
+            "format": results.FORMAT,
+            "kind": "kernels",
+            "date": start.isoformat(timespec="seconds"),
+            "seconds": round((datetime.now(UTC) - start).total_seconds(), 1),
+            "commit": commit,
+            "dirty": dirty,
+            "short": short,
+            "device": plan.device.type,
+            "machine": before | gpu_facts(plan.device) | {"load_average_after": load_average()},
+            "rounds": plan.rounds,
+            "left_out": left_out,
+            "cases": measured,
+        }
+
+    whole = made()
     for name in names:
         case = suite.make(name, plan)
         for shape in shapes(plan.device, short):
@@ -92,21 +113,8 @@ def run(names: list[str], plan: suite.Plan, *, short: bool) -> dict[str, Any]:
             left_out |= record["left_out"]
             measured.append(record)
             click.echo(table(f"{case.title}, {'x'.join(map(str, shape))}", rows(record)))
-    commit, dirty = results.commit()
-    return {
-        "format": results.FORMAT,
-        "kind": "kernels",
-        "date": start.isoformat(timespec="seconds"),
-        "seconds": round((datetime.now(UTC) - start).total_seconds(), 1),
-        "commit": commit,
-        "dirty": dirty,
-        "short": short,
-        "device": plan.device.type,
-        "machine": before | gpu_facts(plan.device) | {"load_average_after": load_average()},
-        "rounds": plan.rounds,
-        "left_out": left_out,
-        "cases": measured,
-    }
+            keep(whole := made())
+    return whole
 
 
 @click.command()
@@ -128,11 +136,15 @@ def main(short: bool, out: Path, names: str, device_name: str, threads: int) -> 
         torch.cuda.set_device(device)
     torch.set_num_threads(threads)  # one by default: on a machine that others use, the only figures that repeat
     kept = keep_heap()
-    record = run(chosen, suite.Plan.of(device, short=short), short=short)
-    record["machine"]["heap_kept"] = kept
+
+    def keep(record: dict[str, Any]) -> Path:
+        record["machine"]["heap_kept"] = kept
+        return results.write(out, record)
+
+    record = run(chosen, suite.Plan.of(device, short=short), short=short, keep=keep)
     for name, reason in record["left_out"].items():
         click.echo(f"\nleft out: {name}: {reason}")
-    click.echo(f"\nwrote {results.write(out, record)}")
+    click.echo(f"\nwrote {keep(record)}")
 
 
 if __name__ == "__main__":

@@ -387,6 +387,22 @@ def test_the_way_of_a_gpu_on_a_fake_one(monkeypatch: pytest.MonkeyPatch) -> None
         assert 0 < c["burst_us"] < 1e4  # of one call, not of all
 
 
+def test_a_run_that_is_stopped_leaves_what_it_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measure, seen = suite.measure, []
+
+    def stopped(*given: Any) -> Any:
+        seen.append(given)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return measure(*given)
+
+    monkeypatch.setattr(suite, "measure", stopped)
+    words = ["--short", "--device", "cpu", "--cases", "normal", "--out", str(tmp_path)]
+    assert command.run(run_module.main, words) == 130
+    (path,) = tmp_path.iterdir()
+    assert len(results.read(path)["cases"]) == 1
+
+
 def test_sizes_reach_a_gigabyte_on_a_gpu() -> None:
     traffic = [12 * math.prod(s) for s in shapes(torch.device("cuda"), short=False)]
     assert min(traffic) < 1e5

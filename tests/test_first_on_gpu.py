@@ -146,6 +146,7 @@ def test_the_steps_are_commands_that_are_there() -> None:
         for word in words:
             path = ROOT / (word if word.endswith(".py") else word.replace(".", "/") + ".py")
             assert path.exists() or step.needs == word
+        assert all((ROOT / word).exists() for word in step.words if word.startswith("tests"))
     assert sum(step.minutes for step in STEPS[:3]) < 25
 
 
