@@ -130,6 +130,16 @@ def test_the_forms_of_a_time_step():
         engine(x, torch.tensor([1, 2]), global_cond=cond)
 
 
+def test_a_number_beyond_the_table_where_tensors_are_not_looked_at(monkeypatch):
+    net = made(**SMALL)
+    engine = PolicyEngine(net, horizon=8, dtype=torch.float32, steps=50)
+    x, _, cond = given(net)
+    monkeypatch.setattr("fastddpm.engine.policy.film.tabled", lambda t, *_: t.dtype == torch.int64)  # as on a GPU
+    for t in (49, 50, -1):
+        truth = exact(net, x, t, cond)
+        assert (engine(x, t, global_cond=cond) - truth).abs().max() <= 1e-5 * truth.abs().max()
+
+
 def test_the_table_is_the_time_part():
     net = made(**SMALL)
     engine = PolicyEngine(net, horizon=8, dtype=torch.float64)
@@ -474,6 +484,18 @@ def test_by_the_kernel_a_trajectory_depends_neither_on_its_slot_nor_on_the_batch
     order = [2, 0]
     assert torch.equal(engine(x[order], t[order], global_cond=cond[order]), whole[order])
     assert torch.equal(engine(x.mT.contiguous().mT, t, global_cond=cond), whole)  # whatever its strides
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_the_norms_own_eps(kernels):
+    net = made(**SMALL)
+    for layer in net.modules():
+        if isinstance(layer, nn.GroupNorm):
+            layer.eps = 0.1
+    x, t, cond = given(net, 1)
+    truth = exact(net, x, t, cond)
+    fast = PolicyEngine(net, horizon=8, dtype=torch.float32, kernels=kernels)(x, t, global_cond=cond)
+    assert (fast - truth).abs().max() <= 1e-5 * truth.abs().max()
 
 
 def test_what_the_kernel_does_not_take():

@@ -331,7 +331,8 @@ def launch_conv1d(
         residual: [B, L', c_out].
         partial, counters: float32, and int32 of zeros, as many as `scratch_of` says: of this call alone, until it is
             done. Allocated where they are needed and None.
-        split, rows: whether each segment has a program, and rows of a tile; else as is best. The bits are the same.
+        split, rows: whether each segment has a program, and rows of a tile; else as is best, on which
+            `scratch_of` counts. The bits are the same.
     """
     if out.numel() == 0:
         return

@@ -81,6 +81,8 @@ class PolicyEngine(Compiled):
     ) -> Tensor:
         """What the UNet predicts: x [B, horizon, C], t a number or [B], global_cond [B, n]; returns [B, horizon, C].
 
+        On a GPU, integers in a tensor t must be below `steps`: nobody looks. (A `Sampler` does, before it begins.)
+
         Raises:
             InputError: for a shape that the network doesn't take, or a local_cond.
         """

@@ -48,11 +48,12 @@ class FilmRows(nn.Module):
 
     def time(self, batch: int, t: Tensor | float) -> Tensor:
         """The part of the time step, and the bias, [batch, columns]: t is a number, or a tensor [], [1] or [batch]."""
+        unknown = isinstance(t, int | float) and not 0 <= t < len(self.table)  # a GPU's tensors are not looked at
         t = torch.as_tensor(t, device=self.table.device)
         if t.shape not in ((), (1,), (batch,)):
             raise InputError(f"t has shape {tuple(t.shape)}; the network takes a number, or a tensor [] or [{batch}]")
         t = t.expand(batch)
-        if tabled(t, batch, self.table):
+        if not unknown and tabled(t, batch, self.table):
             return self.table.index_select(0, t)
         return self._computed(t)
 
