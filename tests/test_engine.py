@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import re
+from types import SimpleNamespace
 
 import policy_networks
 import pytest
@@ -381,3 +382,18 @@ def test_compile_takes_a_policys_network_too():
     assert type(engine.compile(made(CIFAR))) is engine.Engine
     with pytest.raises(InputError, match=r"is a Linear; needed: a fastddpm.UNet .* ConditionalUnet1D"):
         engine.compile(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(("multiprocessors", "own"), [(31, False), (32, True)])
+def test_a_small_gpu_takes_pytorchs_kernels(multiprocessors, own, monkeypatch):
+    """31 programs can't wait for a 32nd."""
+    fast = object.__new__(engine.Engine)
+    torch.nn.Module.__init__(fast)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=multiprocessors)
+    )
+    fast.__dict__["dtype_"] = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16)
+    assert fast._uses_kernels(None) is own
+    if not own:
+        with pytest.raises(InputError, match="need 32 multiprocessors, cuda:0 has 31"):
+            fast._uses_kernels(True)

@@ -7,6 +7,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+from fastddpm_kernels.conv_tiles import TOGETHER
 from torch import Tensor
 
 from ..errors import InputError
@@ -32,7 +33,8 @@ class Engine(Compiled):
         size: (H, W) of the images, for the plan; None: the config's `sample_size`. Others are allowed in a call.
         dtype: of weights and activations. Sums are float32 (float64 in float64).
         steps: how many time steps the model was trained with: the time path is computed for these now.
-        kernels: whether to use fastddpm's kernels, else PyTorch's; None: on CUDA with Triton, but for float64.
+        kernels: whether to use fastddpm's kernels, else PyTorch's; None: on CUDA with Triton, but for float64 and for
+            GPUs of fewer than 32 multiprocessors.
 
     Raises:
         InputError: for a model that is no `UNet`, another dtype, or a size that the network doesn't take.
@@ -68,11 +70,20 @@ class Engine(Compiled):
         self.place(unet.conv_in.weight.device, dtype)
         if kernels and dtype == torch.float64:
             raise InputError("the kernels take no torch.float64: leave kernels out, or give another dtype")
-        self._own = kernels_run(self.dtype_.device, dtype) if kernels is None else kernels
+        self._own = self._uses_kernels(kernels)
         makers: Any = on_triton.MAKERS if self._own else on_torch.MAKERS
         with torch.no_grad():
             self._runs = [makers[type(operation)](operation, unet, dtype) for operation in lowered.operations]
         self._dies = {value.index: last for value, _, last in uses(lowered)}
+
+    def _uses_kernels(self, asked: bool | None) -> bool:
+        """Programs of an image wait for each other, so a GPU must run as many at once: a slice of one may not."""
+        device, room = self.dtype_.device, TOGETHER
+        if device.type == "cuda":
+            room = torch.cuda.get_device_properties(device).multi_processor_count
+        if asked and room < TOGETHER:
+            raise InputError(f"the kernels need {TOGETHER} multiprocessors, {device} has {room}: leave kernels out")
+        return kernels_run(device, self.dtype) and room >= TOGETHER if asked is None else asked
 
     @property
     def known_timesteps(self) -> int | None:
