@@ -45,6 +45,60 @@ def test_each_loop_is_what_it_is_called(monkeypatch):
     assert "none: no WHILE node" in text[-1]
 
 
+def test_a_loop_that_raises_takes_no_other_with_it(monkeypatch):
+    FakeGraphs(monkeypatch)
+    monkeypatch.setattr("fastddpm.sampler.Sampler._makes_noise_ahead", lambda sampler, device: False)
+    capture = loop_latency.Sampler._capture
+
+    def broken(made, *given):
+        if made.graph == "while":
+            raise RuntimeError("driver\nmore")
+        loop_latency.warnings.warn("torch is new", FutureWarning, stacklevel=1)  # no reason to leave a loop out
+        return capture(made, *given)
+
+    monkeypatch.setattr(loop_latency.Sampler, "_capture", broken)
+    rows = {row["loop"]: row["reason"] for row in loop_latency.measured(model, TABLE, (2, 8), 1, lambda: None)}
+    assert {loop for loop, reason in rows.items() if reason == "RuntimeError: driver"} == {
+        loop for loop in rows if loop.startswith("WHILE")
+    }
+    assert sum(reason is None for reason in rows.values()) == 4
+
+
+def test_each_batch_is_written(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(loop_latency, "UNet", FakeUNet)
+    monkeypatch.setattr(loop_latency, "machine", lambda: {"gpu": "GPU"})
+    made = []
+
+    def measured(model, table, shape, *_):
+        if made:
+            raise KeyboardInterrupt
+        made.append(table.num_rows)
+        return [{"batch": shape[0], "loop": "eager", "reason": "none"}]
+
+    monkeypatch.setattr(loop_latency, "measured", measured)
+    assert command.run(loop_latency.main, ["--steps", "200", "--out", str(tmp_path)]) == 130
+    (path,) = tmp_path.iterdir()
+    assert [row["batch"] for row in json.loads(path.read_text())["rows"]] == [1]
+    assert made == [200]
+
+
+class FakeUNet:
+    """Goes to a GPU that is not there."""
+
+    @classmethod
+    def from_pretrained(cls, name):
+        return cls()
+
+    def to(self, *_, **__):
+        return self
+
+    eval = to
+
+    def requires_grad_(self, on):
+        return self
+
+
 def test_who_differs_has_no_figures(monkeypatch):
     prepared = loop_latency.prepared
 

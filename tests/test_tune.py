@@ -227,6 +227,25 @@ def test_a_race_takes_turns_and_outlives_failures() -> None:
     assert seen == [("a", 0), ("a", 1)] * 4  # once before the rounds
 
 
+def test_on_a_gpu_a_launch_is_done_when_the_clock_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU fills its L2 meanwhile; calls are a graph's."""
+    from benchmarks import race as module
+
+    log: list[str] = []
+
+    def graphed(call: Any) -> Any:
+        log.append("captured")
+        return lambda: log.append("replay")
+
+    event = SimpleNamespace(record=lambda: log.append("event"), synchronize=lambda: None, elapsed_time=lambda _: 6.0)
+    monkeypatch.setattr(module, "graphed", graphed)
+    monkeypatch.setattr(module, "l2_flush", lambda device: SimpleNamespace(fill_=lambda value: log.append("fill")))
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: event)
+    seconds, out = race({"a": lambda at: None}, torch.device("cuda"), in_a_row=2, rounds=2)
+    assert log == ["captured", "replay", *["fill", "event", "replay", "event"] * 2]
+    assert (seconds, out) == ({"a": 3e-3}, {})
+
+
 def test_a_table_grows_by_the_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr(tuned, "gpu_name", lambda: "Some GPU")
     path = tmp_path / "some-gpu.json"
