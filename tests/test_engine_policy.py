@@ -21,10 +21,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastddpm import NoiseSchedule, Sampler, solvers
 from fastddpm.engine.lowering import uses
+from fastddpm.engine.on_torch import has_onednn
 from fastddpm.engine.plan import Plan
 from fastddpm.engine.policy import ConditionedPolicy, PolicyEngine, is_policy_unet
 from fastddpm.engine.policy.lowering import lower
 from fastddpm.engine.policy.network import read
+from fastddpm.engine.policy.on_torch import _in_parts
 from fastddpm.errors import InputError
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -90,6 +92,20 @@ def test_a_larger_network(dtype, lerobot):
         truth = exact(net, x, t, cond)
         low = copy.deepcopy(net).to(dtype)(x.to(dtype), t, global_cond=cond.to(dtype))
         assert rms(engine(x, t, global_cond=cond) - truth) <= 2 * rms(low - truth) + 5e-7 * rms(truth)
+
+
+@pytest.mark.skipif(not has_onednn(), reason="the parts are for oneDNN")
+@pytest.mark.parametrize("dtype, most", [(torch.float32, 3), (torch.bfloat16, 1.1)])
+def test_a_long_sum_in_parts(dtype, most):
+    """Of 2048 channels: whole with 4.4 times the error of nn.Conv1d in float32; in bfloat16 with the same."""
+    torch.manual_seed(0)
+    conv = nn.Conv1d(2048, 64, 5, padding=2).to(dtype).requires_grad_(False)
+    conv.bias.zero_()
+    x = torch.randn(8, 2048, 4, dtype=dtype)
+    truth = copy.deepcopy(conv).double()(x.double())
+    convolve = _in_parts(conv.weight[:, :, None], conv.bias, dtype, 1, 2)
+    mine = convolve(x[:, :, None].contiguous(memory_format=torch.channels_last))[:, :, 0]
+    assert rms(mine - truth) <= most * rms(conv(x) - truth)
 
 
 def test_an_observation_once_for_all_steps():
