@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import policy_networks
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
@@ -397,3 +398,17 @@ def test_a_small_gpu_takes_pytorchs_kernels(multiprocessors, own, monkeypatch):
     if not own:
         with pytest.raises(InputError, match="need 32 multiprocessors, cuda:0 has 31"):
             fast._uses_kernels(True)
+
+
+@pytest.mark.skipif(not on_torch.has_onednn(), reason="needs oneDNN's convolutions")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_is_laid_out_once_for_images_of_a_size(dtype, monkeypatch):
+    laid_out, plain = [], on_torch._Packed._laid_out
+    monkeypatch.setattr(on_torch._Packed, "_laid_out", lambda it, size: laid_out.append(size) or plain(it, size))
+    weight, bias = torch.randn(96, 48, 3, 3), torch.randn(96)
+    convolve = on_torch.convolution(weight, bias, dtype, (2, 2), (1, 1))
+    for batch, size in ((2, 8), (1, 8), (2, 5), (3, 5), (1, 8)):
+        x = torch.randn(batch, 48, size, 9).to(dtype, memory_format=torch.channels_last)
+        exact = F.conv2d(x.double(), weight.to(dtype).double(), bias.to(dtype).double(), (2, 2), (1, 1))
+        assert rms(convolve(x) - exact) <= torch.finfo(dtype).eps * rms(exact)
+    assert [(size[0], size[2]) for size in laid_out] == [(2, 8), (2, 5), (1, 8)]
