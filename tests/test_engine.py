@@ -411,5 +411,5 @@ def test_a_weight_is_laid_out_once_for_images_of_a_size(dtype, monkeypatch):
         x = torch.randn(batch, 48, size, 9).to(dtype, memory_format=torch.channels_last)
         exact = F.conv2d(x.double(), weight.to(dtype).double(), bias.to(dtype).double(), (2, 2), (1, 1))
         error = (convolve(x) - exact).square().mean()
-        assert error <= torch.finfo(dtype).eps ** 2 * exact.square().mean()
+        assert error <= (4 * torch.finfo(dtype).eps) ** 2 * exact.square().mean()
     assert [(size[0], size[2]) for size in laid_out] == [(2, 8), (2, 5), (1, 8)]
