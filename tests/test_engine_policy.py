@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -154,6 +155,18 @@ def test_a_number_beyond_the_table_where_tensors_are_not_looked_at(monkeypatch):
     for t in (49, 50, -1):
         truth = exact(net, x, t, cond)
         assert (engine(x, t, global_cond=cond) - truth).abs().max() <= 1e-5 * truth.abs().max()
+
+
+def test_a_gpu_is_asked_for_time_steps_of_the_table_only(monkeypatch):
+    engine = PolicyEngine(made(**SMALL), horizon=8, steps=50)
+    engine.check_timesteps([50])  # a CPU looks at them
+    monkeypatch.setattr(PolicyEngine, "_trusts_t", True)
+    model = engine.condition(given(made(**SMALL))[2])
+    model.check_timesteps([49, 0])
+    model.check_timesteps([50.5, 49])
+    for wrong in ([50, 0], [49, -1]):
+        with pytest.raises(InputError, match="this engine has those below 50"):
+            model.check_timesteps(wrong)
 
 
 def test_the_table_is_the_time_part():
@@ -312,6 +325,10 @@ def test_it_keeps_its_weights_and_its_dtype():
     assert torch.equal(exactly(x, t, global_cond=cond), same)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(engine(x, t, global_cond=cond), first)
+        model = engine.condition(cond)
+        between = model(x, 3.5)  # computed, not in the table
+    assert torch.equal(model(x, t), first)
+    assert torch.equal(model(x, 3.5), between)
     assert torch.equal(engine(x.transpose(0, 1).contiguous().transpose(0, 1), t, global_cond=cond), first)
     assert torch.equal(engine(x.double(), t, global_cond=cond.double()), first)
     assert engine.float() is engine
@@ -438,6 +455,24 @@ def test_the_policy_front_does_the_observations_part_once_a_call(monkeypatch):
         policy.sample((3, 8, 2), seeds=0, global_cond=cond[:1])
     with pytest.raises(InputError, match="no local_cond"):
         policy.sample((3, 8, 2), seeds=0, global_cond=cond, local_cond=torch.zeros(3, 8, 1))
+
+
+def test_the_policy_front_in_threads():
+    """Each has its own observations, in memory that both use."""
+    pytest.importorskip("diffusers", reason="diffusers has the policies' schedulers")
+    from fastddpm.integrations.diffusion_policy import PolicySampler
+
+    net = made(**SMALL)
+    policy = PolicySampler(PolicyEngine(net, horizon=8), solvers.ddim(NoiseSchedule.linear(100), 5))
+    conds = [given(net, seed=seed)[2] for seed in range(2)]
+
+    def draw(cond):
+        return policy.sample((3, 8, 2), seeds=0, global_cond=cond)
+
+    alone = [draw(cond) for cond in conds]
+    with ThreadPoolExecutor(2) as pool:
+        for i, drawn in enumerate(pool.map(draw, conds * 10)):
+            assert torch.equal(drawn, alone[i % 2])
 
 
 def test_the_policy_front_keeps_the_policys_precision():
