@@ -31,6 +31,7 @@ Run = Callable[[list[Tensor], Inputs, Memory], None]  # of what is written first
 def memories(operations: Sequence[Operation], batch: int, device: torch.device) -> list[Memory]:
     """Each operation's: one workspace for all, since they run one after another, and counters of its own."""
     sizes = [_scratch(operation, batch) for operation in operations]
+    sizes = [(floats, -(-counters // 4) * 4) for floats, counters in sizes]  # 16 bytes: Triton compiles for those
     workspace = torch.empty(max(floats for floats, _ in sizes), dtype=torch.float32, device=device)
     counters = torch.zeros(sum(counters for _, counters in sizes), dtype=torch.int32, device=device)
     return [Memory(workspace, own) for own in counters.split([counters for _, counters in sizes])]
