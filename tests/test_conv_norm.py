@@ -1,16 +1,21 @@
 """The GroupNorms in the convolution's epilogue against float64: variants, groups, tiles; their bits; their memory.
 
-In the interpreter one program runs after the other: the exchange of statistics runs twice, and the wait itself not at
-all. Of that test_conv_codegen.py sees the machine code.
+In the interpreter one program runs after the other: the exchange of statistics runs twice, and does not wait. The wait
+has a test of its own; of its order in memory test_conv_codegen.py sees the machine code.
 """
 
 import math
+import threading
+import time
 
 import pytest
 import torch
 import torch.nn.functional as F
-from fastddpm_kernels import conv_reference
+import triton
+import triton.language as tl
+from fastddpm_kernels import conv_exchange, conv_reference
 from fastddpm_kernels.conv import launch_conv
+from fastddpm_kernels.conv_exchange import all_there
 from fastddpm_kernels.conv_norm import NormOut, can_exchange, conv_scratch
 from fastddpm_kernels.conv_tiles import TOGETHER, Tile, programs, tile_of
 from helpers import DEVICE, Guarded, fenced, store_error
@@ -271,6 +276,41 @@ def test_programs_that_wait_for_each_other_count_in_one_place(size, up, samples)
     assert counters.tolist() == [together * passes] * places + [0] * (12 - places)
 
 
+@triton.jit
+def waiting_kernel(counter_ptr, out_ptr, PROGRAMS: tl.constexpr):
+    tl.store(out_ptr + tl.program_id(0), all_there(counter_ptr, PROGRAMS, True))
+
+
+@pytest.mark.parametrize("programs", [2, 4, 32])
+@pytest.mark.parametrize("launches", [0, 1, 7])
+def test_the_wait_of_a_launch(launches, programs, monkeypatch):
+    """After launches before it, a program goes on when all of this one are there, be it the last one or not."""
+    counter = torch.full((1,), launches * programs, dtype=torch.int32, device=DEVICE)
+    late = torch.full((programs,), math.nan, device=DEVICE)
+    if DEVICE.type == "cuda":
+        waiting_kernel[(programs,)](counter, late, programs)
+        assert not late.any()
+        assert counter.item() == (launches + 1) * programs
+        return
+
+    def here(before: int, rounds: int) -> bool:
+        """Whether one that finds so many there goes on."""
+        monkeypatch.setattr(conv_exchange, "ROUNDS", tl.constexpr(rounds))
+        counter.fill_(launches * programs + before)
+        waiting_kernel[(1,)](counter, late, programs)
+        return late[0].item() == 0.0
+
+    assert here(programs - 1, 0)
+    assert not here(0, 3)
+    assert not here(programs - 2, 3)
+    assert counter.item() == (launches + 1) * programs - 1
+    last = threading.Thread(target=lambda: (time.sleep(0.02), counter.add_(1)))
+    last.start()
+    assert here(programs - 2, 1 << 16)
+    last.join()
+    assert counter.item() == (launches + 1) * programs
+
+
 def test_neither_raw_nor_norms_of_an_empty_batch():
     x, weight, bias = (torch.zeros(s, device=DEVICE) for s in ((0, 4, 4, 8), (72, 8), (8,)))
     launch_conv(x, weight, bias, None, norms=[NormOut(torch.zeros(0, 4, 4, 8, device=DEVICE), bias, bias, 4, 1e-5)])
@@ -280,6 +320,7 @@ def test_where_norms_can_be():
     assert all(can_exchange(pixels, 256, (8, 16), 2) for pixels in (1, 4, 16, 64, 256, 1024))
     assert can_exchange(1024, 128, (4, 8), 2)
     assert can_exchange(1024, 256, (8,), 2, up=True)
+    assert can_exchange(1024, 512, (8,), 2)  # 8 x 4 programs
     assert not can_exchange(4096, 128, (4,), 2)  # statistics of too many programs
     assert not can_exchange(144, 128, (4,), 2)
     assert not can_exchange(2, 128, (4,), 2, up=True)

@@ -13,6 +13,8 @@ import triton.language as tl
 
 from .conv_statistics import together
 
+ROUNDS = tl.constexpr(4194304)  # looks at a counter: seconds; something is broken, and a hang would hide what
+
 
 @triton.jit
 def added(total, partial_ptr, counter_ptr, segment, SEGMENTS: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
@@ -42,7 +44,7 @@ def all_there(counter_ptr, PROGRAMS: tl.constexpr, WAIT: tl.constexpr):
     missing = target - before - 1
     if WAIT:
         rounds = 0
-        while (missing > 0) & (rounds < 4194304):  # seconds: something is broken, and a hang would hide what
+        while (missing > 0) & (rounds < ROUNDS):
             missing = target - tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
             rounds += 1
     late = missing > 0 if WAIT else missing > PROGRAMS
