@@ -8,18 +8,20 @@ import math
 import threading
 import time
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from fastddpm_kernels import conv_exchange, conv_reference
+from fastddpm_kernels import conv, conv_exchange, conv_reference
 from fastddpm_kernels.conv import launch_conv
 from fastddpm_kernels.conv_exchange import all_there
 from fastddpm_kernels.conv_norm import NormOut, can_exchange, conv_scratch
 from fastddpm_kernels.conv_tiles import TOGETHER, Tile, programs, tile_of
 from helpers import DEVICE, Guarded, fenced, store_error
 from test_conv import Case
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EPS = torch.finfo(torch.float32).eps
@@ -311,6 +313,39 @@ def test_the_wait_of_a_launch(launches, programs, monkeypatch):
     assert counter.item() == (launches + 1) * programs
 
 
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="there all programs would run, in 17 GB")
+def test_addresses_beyond_2_to_the_31(tmp_path, monkeypatch):
+    """Of 2^25 + 1 images of 8x8 only the last one's program runs, in files that have no pages of the others."""
+    batch, last = 2**25 + 1, 2**25
+
+    def file(name: str, apart: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+        return torch.from_file(str(tmp_path / name), shared=True, size=batch * apart, dtype=dtype)
+
+    class OneProgram:
+        def __getitem__(self, grid):
+            assert grid == (batch, 1)
+            return kernel[(1, 1)]
+
+    def program_id(builder, axis):
+        return TensorHandle(np.array([0 if axis else last], dtype=np.int32), tl.int32)
+
+    kernel = conv.conv_kernel
+    monkeypatch.setattr(conv, "conv_kernel", OneProgram())
+    monkeypatch.setattr(InterpreterBuilder, "create_get_program_id", program_id)
+    x, out, normed = (file(name, 64).view(batch, 8, 8, 1) for name in ("x", "out", "normed"))
+    rows = file("rows", 64, torch.float32).view(batch, 64)
+    random = torch.Generator().manual_seed(0)
+    x[last], rows[last] = torch.randn(8, 8, 1, generator=random), torch.randn(64, generator=random)
+    weight, one = conv_reference.pack_weight(torch.full((1, 1, 1, 1), 2.0, dtype=x.dtype)), torch.ones(1)
+    norm = NormOut(normed, one, one, 1, 1e-5, False, rows[:, 1:2], rows[:, 2:3])
+    launch_conv(x, weight, None, out, row=rows[:, :1], residual=x, norms=[norm], tile=Tile(64, 16, 16, 4, 2))
+    exact = 3 * x[last].double() + rows[last, 0]
+    assert torch.allclose(out[last].double(), exact, rtol=1e-3, atol=1e-3)
+    exact = (exact - exact.mean()) / (exact.var(correction=0) + 1e-5).sqrt() + 1
+    exact = exact * (1 + rows[last, 1]) + rows[last, 2]
+    assert torch.allclose(normed[last].double(), exact, rtol=1e-3, atol=2e-3)
+
+
 def test_neither_raw_nor_norms_of_an_empty_batch():
     x, weight, bias = (torch.zeros(s, device=DEVICE) for s in ((0, 4, 4, 8), (72, 8), (8,)))
     launch_conv(x, weight, bias, None, norms=[NormOut(torch.zeros(0, 4, 4, 8, device=DEVICE), bias, bias, 4, 1e-5)])
@@ -321,6 +356,8 @@ def test_where_norms_can_be():
     assert can_exchange(1024, 128, (4, 8), 2)
     assert can_exchange(1024, 256, (8,), 2, up=True)
     assert can_exchange(1024, 512, (8,), 2)  # 8 x 4 programs
+    assert can_exchange(1024, 512, (8,), 2, up=True)  # 4 phases of 2 x 4
+    assert not can_exchange(1024, 640, (4,), 2, up=True)
     assert not can_exchange(4096, 128, (4,), 2)  # statistics of too many programs
     assert not can_exchange(144, 128, (4,), 2)
     assert not can_exchange(2, 128, (4,), 2, up=True)

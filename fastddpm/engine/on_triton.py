@@ -128,7 +128,7 @@ def shape_of(operation: Product, dtype: torch.dtype) -> ConvShape:
         cout=operation.out.channels,
         kernel=conv.kernel,
         stride=conv.stride,
-        padding=conv.padding if conv.stride > 1 else 1,
+        padding=conv.padding,
         up=conv.up,
         row=conv.time is not None,
         s0=s0,

@@ -201,7 +201,7 @@ def _shape(
     up = weight.ndim == 3
     kernel = 3 if up or weight.shape[0] == 9 * (c0 + c1) else 1
     return ConvShape(
-        NAMES[x.dtype], height, width, c0, c1, cout, kernel, stride, padding if stride > 1 else 1, up, row is not None,
+        NAMES[x.dtype], height, width, c0, c1, cout, kernel, stride, padding, up, row is not None,
         s0, s1, residual is not None, tuple(norm.group for norm in norms), out is not None,
     )  # fmt: skip
 
