@@ -16,9 +16,10 @@ import triton
 import triton.language as tl
 from fastddpm_kernels import conv, conv_exchange, conv_reference
 from fastddpm_kernels.conv import launch_conv
+from fastddpm_kernels.conv_choice import ConvShape, Gpu, rule, segments
 from fastddpm_kernels.conv_exchange import all_there
 from fastddpm_kernels.conv_norm import NormOut, can_exchange, conv_scratch
-from fastddpm_kernels.conv_tiles import TOGETHER, Tile, programs, tile_of
+from fastddpm_kernels.conv_tiles import TOGETHER, Tile, programs
 from helpers import DEVICE, Guarded, fenced, store_error
 from test_conv import Case
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -372,20 +373,21 @@ def test_where_norms_can_be():
 
 
 @pytest.mark.parametrize("shared", [101376, 166912, 232448])
-def test_the_programs_of_a_sample_are_few_enough(shared):
-    for pixels in (16, 64, 128, 256, 1024):
-        for phases in (1, 4):
-            for cout in (3, 8, 64, 128, 256, 512, 768):
-                for group in (1, 4, 8, 32, 64):
-                    for batch in (1, 8, 1024):
-                        if cout % group or not can_exchange(pixels, cout, (group,), 2, up=phases == 4):
-                            continue
-                        own, most = pixels // phases, 128 * 128
-                        options = dict(most=most, shared=shared, phases=phases, pixels=own, group=group)
-                        tile = tile_of(batch * own, cout, 64, torch.bfloat16, **options)
-                        assert programs(tile, own, phases, cout) <= TOGETHER
-                        assert tile.n % group == 0
-                        assert tile.m * tile.n <= most
+@pytest.mark.parametrize("up", [False, True])
+def test_the_rules_tile_has_whole_groups_and_few_programs_wait(up, shared):
+    gpu, phases = Gpu("", shared, shared > 200_000), 4 if up else 1
+    for height, width in ((4, 4), (8, 8), (8, 16), (16, 16), (32, 32)):
+        for cout in (3, 8, 64, 128, 256, 512, 768):
+            for group in (1, 4, 8, 32, 64):
+                if cout % group or not can_exchange(height * width, cout, (group,), 2, up=up):
+                    continue
+                shape = ConvShape("bfloat16", height, width, 256, 0, cout, up=up, norms=(1, group))
+                parts = segments(shape)
+                for batch in (1, 8, 1024):
+                    tile = rule(gpu, shape, batch, parts)
+                    assert programs(tile, height * width // phases, phases, cout) <= TOGETHER
+                    assert tile.n % group == 0
+                    assert tile.m * tile.n <= (64 * 64 if parts > 1 else 128 * 128)
 
 
 def test_the_reference_takes_no_bias():
