@@ -9,7 +9,7 @@ from test_engine import CIFAR, configs
 from fastddpm import UNet
 from fastddpm.engine.fusion import fused
 from fastddpm.engine.lowering import Lowered, lower
-from fastddpm.engine.operations import Conv, Norm, Product
+from fastddpm.engine.operations import Conv, Norm, Product, Value
 from fastddpm.unet_config import UNetConfig
 
 PLAIN = dict(down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, add_attention=False)
@@ -88,3 +88,11 @@ def test_what_does_not_fit_stays(fields):
     first = {norm.name for norm in all_norms(plain) if norm.name.startswith("down_blocks.0")}
     assert first
     assert first <= alone(fused(plain, 2))
+
+
+def test_a_third_norm_of_a_value_stays():
+    """An operation makes two at most."""
+    image, value = Value(0, 8, 8, 3), Value(1, 8, 8, 16)
+    norms = [Norm(f"norm{i}", (value,), Value(2 + i, 8, 8, 16), groups=4) for i in range(3)]
+    last = Conv("last", tuple(norm.out for norm in norms), Value(5, 8, 8, 3))
+    assert alone(fused(Lowered(image, [Conv("first", (image,), value), *norms, last]), 2)) == {"norm2"}

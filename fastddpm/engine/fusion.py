@@ -46,7 +46,6 @@ def _fits(norm: Norm, makers: dict[Value, Operation], gained: dict[Value, list[N
     group = norm.channels_in // norm.groups
     return all(
         isinstance(maker := makers.get(source), Product)
-        and source.channels % group == 0
         and can_exchange(
             source.height * source.width,
             source.channels,
