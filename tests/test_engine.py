@@ -413,3 +413,10 @@ def test_a_weight_is_laid_out_once_for_images_of_a_size(dtype, monkeypatch):
         error = (convolve(x) - exact).square().mean()
         assert error <= (4 * torch.finfo(dtype).eps) ** 2 * exact.square().mean()
     assert [(size[0], size[2]) for size in laid_out] == [(2, 8), (2, 5), (1, 8)]
+
+
+@pytest.mark.parametrize("compiled", [lambda: made(CIFAR), policy_networks.made])
+def test_kernels_without_a_gpu_are_refused_before_any_work(compiled, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(InputError, match="needs a GPU, and the weights are on cpu"):
+        engine.compile(compiled(), kernels=True)

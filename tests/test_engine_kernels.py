@@ -13,6 +13,7 @@ from fastddpm import UNet, engine
 from fastddpm.engine import on_triton
 from fastddpm.engine.on_torch import Inputs
 from fastddpm.engine.operations import Attention, Value
+from fastddpm.errors import InputError
 from fastddpm.unet_config import UNetConfig
 
 SMALL = dict(sample_size=8, block_out_channels=(16, 32), norm_num_groups=8, attention_head_dim=16, layers_per_block=1)
@@ -174,3 +175,18 @@ def test_an_operation_is_one_launch(batch, monkeypatch):
     fast = engine.compile(made(CIFAR), batch=batch, kernels=True)
     fast(torch.zeros(batch, 3, 32, 32, device=DEVICE), torch.zeros(batch, dtype=torch.int64, device=DEVICE))
     assert len(launches) == len(fast.plan.lowered.operations) == 72
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_images_of_another_size_than_the_plans(kernels):
+    """Which norms are made where, and the memory that programs exchange, are the size's."""
+    net = made(CONFIGS["statistics from program to program"])
+    fast = engine.compile(net, batch=2, dtype=torch.float32, kernels=kernels)
+    x, t = torch.randn(2, 3, 8, 8, device=DEVICE), torch.tensor([3, 999], device=DEVICE)
+    if kernels:
+        with pytest.raises(
+            InputError, match=r"images are 8 x 8; .* for 16 x 16: engine.compile\(unet, size=\(8, 8\)\)"
+        ):
+            fast(x, t)
+        fast = engine.compile(net, batch=2, size=(8, 8), dtype=torch.float32, kernels=True)
+    assert (fast(x, t) - net(x, t)).abs().max() <= 1e-5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any, Self
@@ -95,3 +96,11 @@ class Compiled(nn.Module):
 def kernels_run(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether fastddpm's kernels are the choice for such weights."""
     return device.type == "cuda" and dtype != torch.float64 and find_spec("triton") is not None
+
+
+def check_kernels_can_run(device: torch.device) -> None:
+    """Raise `InputError` where they can't: before a weight is laid out, and not in the first call."""
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise InputError(
+            f"kernels=True needs a GPU, and the weights are on {device}: move the UNet, or leave kernels out"
+        )

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..unet import UNet
 from . import on_torch, on_triton
-from .base import Compiled, kernels_run
+from .base import Compiled, check_kernels_can_run, kernels_run
 from .lowering import uses
 from .on_torch import Inputs
 from .operations import Conv, Operation, Product
@@ -30,7 +30,7 @@ class Engine(Compiled):
     Args:
         unet: our `UNet`; read a checkpoint of diffusers' UNet2DModel with `UNet.from_pretrained`.
         batch: images a call, for the plan; calls with others are allowed.
-        size: (H, W) of the images, for the plan; None: the config's `sample_size`. Others are allowed in a call.
+        size: (H, W) of the images; None: the config's `sample_size`. PyTorch's kernels take others too in a call.
         dtype: of weights and activations. Sums are float32 (float64 in float64).
         steps: how many time steps the model was trained with: the time path is computed for these now.
         kernels: whether to use fastddpm's kernels, else PyTorch's; None: on CUDA with Triton, but for float64 and for
@@ -79,6 +79,8 @@ class Engine(Compiled):
     def _uses_kernels(self, asked: bool | None) -> bool:
         """Programs of an image wait for each other, so a GPU must run as many at once: a slice of one may not."""
         device, room = self.dtype_.device, TOGETHER
+        if asked:
+            check_kernels_can_run(device)
         if device.type == "cuda":
             room = torch.cuda.get_device_properties(device).multi_processor_count
         if asked and room < TOGETHER:
@@ -99,6 +101,8 @@ class Engine(Compiled):
         if x.ndim != 4:
             raise InputError(f"x has shape {tuple(x.shape)}; the UNet takes [batch, channels, height, width]")
         self.check_shape(x.shape[1:])
+        if self._own:
+            self._check_size(*x.shape[2:])
         with torch.autocast(x.device.type, enabled=False):  # the dtypes are the plan's
             rows = self.time_path(x.shape[0], t, class_labels)
             if self.config.center_input_sample:
@@ -108,6 +112,15 @@ class Engine(Compiled):
             if not self._own:
                 return self._by_torch(x, rows)
             return self._by_kernels(x.permute(0, 2, 3, 1), rows.float()).permute(0, 3, 1, 2)
+
+    def _check_size(self, height: int, width: int) -> None:
+        """Which norms are made where, and what memory programs exchange, is the size's that was compiled for."""
+        given = self.plan.lowered.given
+        if (height, width) != (given.height, given.width):
+            raise InputError(
+                f"the images are {height} x {width}; this engine's kernels are for {given.height} x {given.width}: "
+                f"engine.compile(unet, size=({height}, {width}))"
+            )
 
     def _by_torch(self, x: Tensor, rows: Tensor) -> Tensor:
         lowered = self.plan.lowered

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import InputError
-from ..base import Compiled, kernels_run
+from ..base import Compiled, check_kernels_can_run, kernels_run
 from ..lowering import Lowered, uses
 from ..plan import Plan
 from . import on_torch, on_triton
@@ -156,6 +156,8 @@ class PolicyEngine(Compiled):
         able = dtype != torch.float64 and all(map(on_triton.fits, operations_of(self.plan.lowered)))
         if asked and not able:
             raise InputError("the kernel takes no torch.float64, horizon over 64 or group over 128: leave kernels out")
+        if asked:
+            check_kernels_can_run(device)
         return able and kernels_run(device, dtype) if asked is None else asked
 
 
