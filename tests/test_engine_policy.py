@@ -508,8 +508,10 @@ def test_the_policy_front_leaves_another_models_condition_alone():
     assert torch.equal(PolicySampler(net, table).sample((3, 8, 2), seeds=0, global_cond=cond), plain)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("lerobot, scale", [(False, True), (True, False)])
+@pytest.mark.parametrize(
+    ("dtype", "lerobot", "scale"),
+    [(torch.float32, False, True), (torch.bfloat16, True, False), (torch.float16, False, True)],
+)
 def test_by_the_kernel(dtype, lerobot, scale):
     net = made(**SMALL | {"widths": (40, 48)}, lerobot=lerobot, scale=scale)  # many sums in segments, in float32
     engine = PolicyEngine(net, horizon=8, dtype=dtype, kernels=True)
