@@ -14,6 +14,7 @@ from fastddpm_kernels.conv_tiles import Tile
 from torch import Tensor
 
 from benchmarks.cases import generator
+from fastddpm.engine.on_triton import shape_of
 
 SEEN = 2  # samples that are compared with float64
 EPS = 1e-6  # of the norms
@@ -23,31 +24,6 @@ def shapes_of(operations: Iterable[Any], dtype: torch.dtype) -> list[ConvShape]:
     """The distinct convolutions of a plan (`Plan.lowered.operations`), in order; its projections are 1x1 ones."""
     found = [shape_of(operation, dtype) for operation in operations if operation.kind in ("conv", "linear")]
     return list(dict.fromkeys(found))
-
-
-def shape_of(operation: Any, dtype: torch.dtype) -> ConvShape:
-    """What `launch_conv` is given for an operation of the engine."""
-    sources = [value.channels for value in operation.sources]
-    past = [value.channels for value in getattr(operation, "shortcut", ())]
-    out, stride = operation.out, getattr(operation, "stride", 1)
-    return ConvShape(
-        dtype=str(dtype).removeprefix("torch."),
-        height=out.height,
-        width=out.width,
-        c0=sources[0],
-        c1=sources[1] if len(sources) > 1 else 0,
-        cout=out.channels,
-        kernel=getattr(operation, "kernel", 1),
-        stride=stride,
-        padding=operation.padding if stride > 1 else 1,
-        up=getattr(operation, "up", False),
-        row=getattr(operation, "time", None) is not None,
-        s0=past[0] if past else 0,
-        s1=past[1] if len(past) > 1 else 0,
-        residual=operation.residual is not None,
-        norms=tuple(norm.channels_in // norm.groups for norm in getattr(operation, "norms", ())),
-        raw=getattr(operation, "raw", True),
-    )
 
 
 def flops(shape: ConvShape) -> int:

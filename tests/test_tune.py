@@ -16,9 +16,10 @@ from fastddpm_kernels.conv_choice import ConvShape, choice
 from fastddpm_kernels.conv_tiles import Tile
 
 from benchmarks import command, tune, tuned
-from benchmarks.conv_problem import Problem, flops, shape_of, shapes_of
+from benchmarks.conv_problem import Problem, flops, shapes_of
 from benchmarks.race import race
 from benchmarks.unet_networks import CIFAR
+from fastddpm.engine.on_triton import shape_of
 from fastddpm.engine.plan import Plan
 from fastddpm.errors import InputError
 
