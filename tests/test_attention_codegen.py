@@ -15,25 +15,31 @@ import pytest
 HERE = Path(__file__).parent
 SMS = (80, 90, 100)
 
-# Registers on sm_80, sm_90 and sm_100 (0: not compiled), SASS instructions on sm_90, KB of shared memory on sm_90.
+ALL = os.environ.get("CODEGEN") == "all"  # else some are compiled for sm_90 alone
+
+# Registers on sm_80, sm_90 and sm_100, SASS instructions on sm_90, KB of shared memory on sm_90.
 TABLE = {
-    "qkv-256": (168, 106, 100, 635, 72),
-    "qkv-256-wide": (0, 101, 0, 562, 96),
-    "qkv-fp32": (0, 128, 0, 1441, 32),
-    "projection-256": (168, 158, 150, 1359, 72),
-    "projection-256-4x4": (108, 72, 94, 899, 48),
-    "projection-512": (168, 156, 148, 1639, 72),
+    "qkv-256-b1": (64, 46, 36, 395, 48),
+    "qkv-256-b4": (102, 64, 64, 481, 64),
+    "qkv-256-b8": (184, 128, 102, 675, 72),
+    "qkv-256-b16": (128, 102, 106, 576, 96),
+    "qkv-fp32": (96, 80, 89, 822, 8),
+    "projection-256-b1": (72, 48, 41, 477, 48),
+    "projection-256-b64": (198, 167, 164, 977, 72),
+    "projection-512": (198, 205, 164, 1354, 72),
     "attention-16x1x256": (56, 56, 56, 408, 16),
     "attention-64x1x256": (128, 133, 89, 1192, 64),
     "attention-256x1x256": (254, 204, 228, 1558, 160),
-    "attention-256x1x256-fp16": (0, 204, 0, 1558, 160),
+    "attention-256x1x256-fp16": (254, 204, 228, 1558, 160),
     "attention-64x1x512": (128, 132, 94, 1473, 128),
     "attention-256x1x512": (244, 189, 200, 1695, 160),
     "attention-1024x4x64": (139, 106, 110, 632, 48),
     "attention-1024x64x8": (106, 130, 128, 546, 20),
-    "attention-100x2x40": (0, 106, 0, 651, 48),
-    "attention-fp32": (0, 119, 0, 1406, 32),
+    "attention-100x2x40": (156, 106, 108, 651, 48),
+    "attention-fp32": (122, 119, 121, 1406, 32),
 }
+SM_90_ONLY = ("qkv-256-b4", "qkv-256-b8", "qkv-fp32", "projection-512")
+SM_90_ONLY += ("attention-256x1x256-fp16", "attention-100x2x40", "attention-fp32")
 ONE_BLOCK = ("attention-16x1x256", "attention-64x1x256", "attention-64x1x512")  # of keys: no loop, nothing to overlap
 SHARED = {80: 163, 90: 227, 100: 227}  # KB that a program may have
 TENSOR_CORES = {80: "HMMA.16816", 90: "HGMMA.64x", 100: "UTCHMMA"}
@@ -55,7 +61,8 @@ def count(code: dict, *kinds: str) -> int:
 
 
 def test_every_variant_compiles_for_every_gpu(compiled):
-    assert set(compiled) == {f"{name}-sm{sm}" for name in TABLE for sm, r in zip(SMS, TABLE[name], strict=False) if r}
+    few = () if ALL else SM_90_ONLY
+    assert set(compiled) == {f"{name}-sm{sm}" for name in TABLE for sm in SMS if sm == 90 or name not in few}
 
 
 def test_nothing_spills(compiled):
@@ -66,8 +73,7 @@ def test_nothing_spills(compiled):
 def test_registers_instructions_and_shared_memory(compiled, name):
     *registers, instructions, shared = TABLE[name]
     for sm, recorded in zip(SMS, registers, strict=True):
-        if recorded:
-            code = compiled[f"{name}-sm{sm}"]
+        if code := compiled.get(f"{name}-sm{sm}"):
             assert code["registers"] <= 1.03 * recorded + 2
             assert code["registers"] * code["threads"] <= 65536
             assert code["shared"] <= 1024 * SHARED[sm]
@@ -98,10 +104,17 @@ def test_loads_overlap_with_products(compiled):
 
 def test_everything_else_moves_in_128_bits(compiled):
     for name, code in compiled.items():
-        stores = {op for op in code["ops"] if op.startswith("STG")}
-        assert stores == {"STG.E.128"} | ({"STG.E"} if "projection" in name else set()), name
-        if "attention" in name:  # the products also load a bias; and the projections store statistics
+        assert {op for op in code["ops"] if op.startswith("STG")} == {"STG.E.128"}, name
+        if "attention" in name:  # the products also load a bias
             assert {op for op in code["ops"] if op.startswith("LDG.")} == {"LDG.E.128"}, name
+
+
+def test_a_multiprocessor_has_two_programs_of_a_product(compiled):
+    """By registers, which come by 8 a thread, and by shared memory, of which each program takes 1 KB more."""
+    for name, code in compiled.items():
+        if "attention" not in name:
+            assert 2 * -(-code["registers"] // 8) * 8 * code["threads"] <= 65536, name
+            assert 2 * (code["shared"] + 1024) <= 1024 * (SHARED[int(name.rpartition("sm")[2])] + 1), name
 
 
 def test_one_power_of_two_a_score(compiled):

@@ -1,95 +1,59 @@
-"""A matrix product over the channels, out = (x @ weight + bias (+ residual)) (* factor), with partial norm statistics.
+"""A matrix product over the channels of NHWC activations: out = (x @ weight + bias (+ residual)) (* factor).
 
-Rows are the positions of NHWC activations. A program owns a tile of SAMPLES x ROWS rows and BLOCK_N columns and sums
-over all of K, in one order: a row's bits depend neither on the batch nor on the row's place in it. Where a GroupNorm
-follows, the program also leaves statistics of what it stores, for a reader that puts the tiles together (Chan, Golub &
-LeVeque 1979): of each unit of adjacent channels, a power of two that divides the norm's group, the mean and the sum of
-squared distances from it. No atomics. Not measured on a GPU.
+Every position is a row. A program owns a tile of rows and columns and sums over all of K, in an order that K and the
+dtype decide: a row's bits depend neither on the number of rows nor on its place among them. Not measured on a GPU.
 """
-
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from .conv_tiles import Tile, step_of, tile_of
 from .products import interpreted, multiplied
 
 
-class Tiles(NamedTuple):
-    """How the rows [B, tokens] and the columns of a product are divided among programs."""
+def linear_tile(rows: int, k: int, columns: int, dtype: torch.dtype, *, residual: bool = False) -> Tile:
+    """The largest tile, up to 128 x 128, that fills the GPU with programs; all tiles give the same bits.
 
-    samples: int  # of a tile
-    rows: int  # of a sample in a tile, counted with those that it does not have
-    block_n: int  # columns of a tile
-    block_k: int
-    warps: int
-    stages: int
-
-
-def linear_tiles(tokens: int, columns: int, itemsize: int, *, wide: bool = False) -> Tiles:
-    """The division for samples of `tokens` rows, by their shape alone: never by the batch, which could change bits.
-
-    Args:
-        tokens: rows of a sample, of which a tile has as many as fit, and of other samples only if all of them fit.
-            1 without statistics: then every row is a sample.
-        columns: of the weight.
-        itemsize: bytes of an element.
-        wide: 128 x 128 instead of 64 x 128. It reads 2/3 of the bytes from L2, and has half as many programs: for large
-            batches. The order of a row's sums is the same.
+    A tile of 128 x 128 reads 2/3 as much from L2 as one of 128 x 64, and 1/2 as much as 64 x 64. Not 128 x 256: K is
+    short, 4 steps of the usual 256 channels, so what counts is a second program on the multiprocessor, which multiplies
+    while this one waits for its first steps or stores its sums. With a residual 128 x 128 takes too many registers for
+    a second program on some GPUs; 128 x 64 leaves room for two or three.
     """
-    # 64 rows are the least of a warpgroup's instruction; 128 columns halve what is read of x. 24 KB a stage, three
-    # programs an SM. Samples below 64 tokens, and float32, which has no tensor cores here, take 64 x 64.
-    full = itemsize == 2 and columns >= 128 and (tokens >= 64 or tokens == 1)
-    wide = wide and full
-    block_m = 128 if wide else 64
-    rows = min(block_m, triton.next_power_of_2(tokens))
-    return Tiles(block_m // rows, rows, 128 if full else 64, 64 if itemsize == 2 else 32, 8 if wide else 4, 3)
+    return tile_of(rows, columns, step_of((k,), dtype), dtype, most=128 * (64 if residual else 128))
 
 
-@triton.jit(do_not_specialize=["batch"])  # one binary, and so the same bits, for every batch
+@triton.jit(do_not_specialize=["rows"])  # one binary a tile, whatever the batch
 def linear_kernel(
-    x_ptr,  # [B, TOKENS, K]
+    x_ptr,  # [rows, K]
     weight_ptr,  # [K, N]
     bias_ptr,  # float32 [N]
-    residual_ptr,  # [B, TOKENS, N], read where RESIDUAL
-    out_ptr,  # [B, TOKENS, N]
-    statistics_ptr,  # float32 [B, tiles, N // UNIT, 2], written where UNIT > 0
+    residual_ptr,  # [rows, N], read where RESIDUAL
+    out_ptr,  # [rows, N]
     factor,  # float
-    batch,
-    TOKENS: tl.constexpr,
+    rows,
     K: tl.constexpr,
     N: tl.constexpr,
     RESIDUAL: tl.constexpr,
     SCALED: tl.constexpr,
-    UNIT: tl.constexpr,  # channels whose statistics are written; 0: none are
-    SAMPLES: tl.constexpr,
-    ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
     # Neighbouring programs have the same rows and other columns, so that x comes from memory once.
-    tiles: tl.constexpr = (TOKENS + ROWS - 1) // ROWS
-    column_tiles: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    across: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     pid = tl.program_id(0)
-    column_tile = pid % column_tiles
-    tile = pid // column_tiles % tiles
-    first = pid // (column_tiles * tiles) * SAMPLES
-
-    i = tl.arange(0, SAMPLES * ROWS)
-    token = tile * ROWS + i % ROWS
-    sample = first + i // ROWS
-    row = sample.to(tl.int64) * TOKENS + token
-    there = (sample < batch) & (token < TOKENS)
-    column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = (pid // across).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = pid % across * BLOCK_N + tl.arange(0, BLOCK_N)
+    there = row < rows
     inside = column < N
 
     k = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + row[:, None] * K + k[None, :]
     weight_ptrs = weight_ptr + k[:, None].to(tl.int64) * N + column[None, :]
-    total = tl.zeros((SAMPLES * ROWS, BLOCK_N), tl.float32)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         left = start + k < K
         a = tl.load(x_ptrs, there[:, None] & left[None, :], other=0.0)
@@ -105,21 +69,7 @@ def linear_kernel(
         total += tl.load(residual_ptr + at, stored, other=0.0).to(tl.float32)
     if SCALED:
         total *= factor
-    out = total.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + at, out, stored)
-    if UNIT > 0:
-        units: tl.constexpr = BLOCK_N // UNIT
-        values = tl.where(stored, out.to(tl.float32), 0.0).reshape(SAMPLES, ROWS, units, UNIT)
-        count = (tl.minimum(TOKENS - tile * ROWS, ROWS) * UNIT).to(tl.float32)
-        mean = tl.sum(tl.sum(values, 3), 1) / count  # [SAMPLES, units]
-        away = tl.where(stored.reshape(SAMPLES, ROWS, units, UNIT), values - mean[:, None, :, None], 0.0)
-        squares = tl.sum(tl.sum(away * away, 3), 1)
-        owner = (first + tl.arange(0, SAMPLES))[:, None]
-        unit = (column_tile * units + tl.arange(0, units))[None, :]
-        to = statistics_ptr + ((owner.to(tl.int64) * tiles + tile) * (N // UNIT) + unit) * 2
-        kept = (owner < batch) & (unit < N // UNIT)
-        tl.store(to, mean, kept)
-        tl.store(to + 1, squares, kept)
+    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), stored)
 
 
 def launch_linear(
@@ -130,54 +80,41 @@ def launch_linear(
     *,
     residual: torch.Tensor | None = None,
     factor: float = 1.0,
-    statistics: torch.Tensor | None = None,
-    tiles: Tiles | None = None,
+    tile: Tile | None = None,
 ) -> None:
-    """out = (x @ weight + bias + residual) * factor, and the partial statistics of what is stored.
+    """out = (x @ weight + bias + residual) * factor.
 
     Checks nothing. All tensors contiguous and 16-byte aligned; products and sums are float32.
 
     Args:
-        x: [B, tokens, K] (any number of axes between), bfloat16, float16 or float32.
+        x: [..., K], bfloat16, float16 or float32.
         weight: [K, N], x's dtype. A multiple of 8 for K and N makes every access 128 bits.
         bias: float32 [N].
-        out: [B, tokens, N], x's dtype. May be `residual` itself.
-        residual: [B, tokens, N], x's dtype.
+        out: [..., N], x's dtype. May be `residual` itself.
+        residual: [..., N], x's dtype.
         factor: multiplies the sum; 1 / rescale of the module.
-        statistics: float32 [B, ceil(tokens / rows), N / unit, 2], written: of each tile of `rows` tokens of a sample,
-            the last of which may have fewer, and each unit of adjacent channels the mean and the sum of squared
-            distances from it. `rows` is that of `linear_tiles(tokens, N, itemsize)`; the unit a power of two up to 64
-            that divides N.
-        tiles: another division than that of `linear_tiles(tokens if there are statistics else 1, N, itemsize)`.
+        tile: another than that of `linear_tile`.
     """
     if out.numel() == 0:
         return
     k, n = weight.shape
-    batch, tokens, unit = x.numel() // k, 1, 0
-    if statistics is not None:
-        batch, unit = x.shape[0], n // statistics.shape[2]
-        tokens = x.numel() // (batch * k)
-    by = linear_tiles(tokens, n, x.element_size()) if tiles is None else tiles
-    programs = triton.cdiv(batch, by.samples) * triton.cdiv(tokens, by.rows) * triton.cdiv(n, by.block_n)
-    linear_kernel[(programs,)](
+    rows = x.numel() // k
+    by = linear_tile(rows, k, n, x.dtype, residual=residual is not None) if tile is None else tile
+    linear_kernel[(triton.cdiv(rows, by.m) * triton.cdiv(n, by.n),)](
         x,
         weight,
         bias,
         out if residual is None else residual,
         out,
-        bias if statistics is None else statistics,
         factor,
-        batch,
-        TOKENS=tokens,
+        rows,
         K=k,
         N=n,
         RESIDUAL=residual is not None,
         SCALED=factor != 1.0,
-        UNIT=unit,
-        SAMPLES=by.samples,
-        ROWS=by.rows,
-        BLOCK_N=by.block_n,
-        BLOCK_K=by.block_k,
+        BLOCK_M=by.m,
+        BLOCK_N=by.n,
+        BLOCK_K=by.k,
         STAGES=by.stages,
         WIDEN=interpreted(),
         num_warps=by.warps,
