@@ -14,7 +14,7 @@ import types
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -131,6 +131,18 @@ def _no_autocast_cache() -> Iterator[None]:
         yield
     finally:
         torch.set_autocast_cache_enabled(enabled)
+
+
+@contextmanager
+def settled(device: torch.device) -> Iterator[None]:
+    """Wait for what was launched inside, if that fails: who comes next, in another stream, has the same buffers."""
+    try:
+        yield
+    except BaseException:
+        if device.type == "cuda":
+            with suppress(RuntimeError):  # what failed is raised, and not what the device says of it
+                torch.cuda.current_stream(device).synchronize()
+        raise
 
 
 def modules_of(model: object, depth: int = 3) -> list[nn.Module]:

@@ -68,8 +68,9 @@ class InflightSampler:
             ``{"class_labels": 10}``. Given (be it an empty dict), the model is called with 2 * slots samples, the
             unconditional ones first, and requests may have a guidance_scale.
         max_pending: how many requests the queue holds; None: four times the slots.
-        dtype, device, graph: as in `Sampler`. A graph is captured anew when a request needs a kind of step that none
-            before it did (noise, history, ...), which changes nobody's bits.
+        dtype, device, graph: as in `Sampler`, but that "while" is "auto" here: who is in the batch is decided before
+            each step. A graph is captured anew when a request needs a kind of step that none before it did (noise,
+            history, ...), which changes nobody's bits.
         time_dtype: of the model's time input; None: int64 for a `NoiseSchedule`, else float32, which tables whose time
             steps are not whole need.
         background: False: no thread. Steps are done by `step`, in the caller's, and by `close`.

@@ -172,7 +172,8 @@ class Sampler:
         size = self.batch_size or batch
         samples, flags = [], []
         # inference_mode(False): buffers made in the caller's inference mode could not be used outside of it again.
-        with self._lock, torch.inference_mode(False), torch.no_grad(), self._bar(progress, batch, size) as bar:
+        whole = graphs.settled(self._device(given.x_T))
+        with self._lock, whole, torch.inference_mode(False), torch.no_grad(), self._bar(progress, batch, size) as bar:
             for rows in torch.arange(batch, device="cpu").split(size):
                 part = given.part(torch.cat([rows, rows[-1:].expand(size - len(rows))]))  # the last one again and again
                 buffers = self._run(part, noise, callback, bar)

@@ -739,3 +739,30 @@ NOT_ON_A_CPU = {  # what they show is not there
 def test_the_code_for_a_gpu_is_right_as_far_as_a_cpu_can_say(name):
     code = on_the_cpu(PRELUDE + textwrap.dedent(ON_GPU[name]))
     exec(compile(code, name, "exec"), {"NoCuda": NoCuda})
+
+
+@pytest.mark.parametrize(("place", "waited"), [("cuda:0", [torch.device("cuda:0")]), ("cpu", [])])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_what_fails_half_way_is_waited_for(place, waited, error, monkeypatch):
+    """Its steps may still be running, and the next call, in another stream, has the same buffers."""
+    asked = []
+
+    def synchronize():
+        asked.append(torch.device(place))
+        raise RuntimeError("the device's own complaint")
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(synchronize=synchronize))
+    with pytest.raises(error, match="first"), graphs.settled(torch.device(place)):
+        raise error("first")
+    assert asked == waited
+    with graphs.settled(torch.device(place)):
+        pass
+    assert asked == waited
+
+
+def test_a_callback_that_raises_is_waited_for(monkeypatch):
+    asked, plain = [], graphs.settled
+    monkeypatch.setattr(graphs, "settled", lambda device: asked.append(device) or plain(device))
+    with pytest.raises(ZeroDivisionError):
+        Sampler(lambda x, t: x, TABLE).sample((1, 2), seeds=0, callback=lambda row, x: 1 // 0)
+    assert asked == [torch.device("cpu")]
