@@ -207,12 +207,12 @@ def test_products_of_every_shape_and_dtype(batch, tokens, k, n, residual, dtype)
 TILES = [Tile(64, 32, 64, 4, 4), Tile(64, 64, 64, 4, 4), Tile(128, 64, 64, 4, 3), Tile(128, 128, 64, 8, 3)]
 
 
-@pytest.mark.parametrize("tile", TILES)
-def test_products_of_every_tile(tile):
+@pytest.mark.parametrize("tile, factor", zip(TILES, (2**-0.5, 1.5, -1.0, 1.0), strict=True))
+def test_products_of_every_tile(tile, factor):
     """Rows and columns that end within a tile, and rows of several samples in one."""
     x, weight, bias = inputs(3, 70, 136, 200, torch.bfloat16)
     residual = random(3, 70, 200, dtype=torch.bfloat16, seed=9)
-    check_product(x, weight, bias, residual, factor=2**-0.5, tile=tile)
+    check_product(x, weight, bias, residual, factor=factor, tile=tile)
 
 
 @given(
@@ -307,6 +307,8 @@ def test_the_launcher_takes_that_tile(monkeypatch):
     check_product(x, weight, bias)
     check_product(x, weight, bias, random(1, 70, 64, dtype=torch.bfloat16, seed=9))
     assert asked == [((70, 16, 64, torch.bfloat16), {"residual": there}) for there in (False, True)]
+    product(x, weight, bias, tile=TILES[0])
+    assert len(asked) == 2  # a tile that is given is not asked for
 
 
 def test_no_rows():
