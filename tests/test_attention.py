@@ -207,7 +207,7 @@ def test_products_of_every_shape_and_dtype(batch, tokens, k, n, residual, dtype)
 TILES = [Tile(64, 32, 64, 4, 4), Tile(64, 64, 64, 4, 4), Tile(128, 64, 64, 4, 3), Tile(128, 128, 64, 8, 3)]
 
 
-@pytest.mark.parametrize("tile, factor", zip(TILES, (2**-0.5, 1.5, -1.0, 1.0), strict=True))
+@pytest.mark.parametrize("tile, factor", list(zip(TILES, (2**-0.5, 1.5, -1.0, 1.0), strict=True)))
 def test_products_of_every_tile(tile, factor):
     """Rows and columns that end within a tile, and rows of several samples in one."""
     x, weight, bias = inputs(3, 70, 136, 200, torch.bfloat16)
