@@ -1,9 +1,10 @@
 """Self-attention of the UNet on NHWC activations: softmax(q k^T / sqrt(d)) v, read from one packed product.
 
 The block is three launches: q, k and v of the normalised tokens in one product; this kernel; and the projection with
-its residual (`linear.py`, or, with a norm behind it, a 1x1 `conv.py`). A program owns BLOCK_M queries of one head of one sample, keeps their scores on chip, and
-goes over the keys once, in order, with a running maximum and sum in float32 (Milakov & Gimelshein 2018; Dao et al.
-2022). So bits depend neither on the batch nor on a sample's place in it. Not measured on a GPU.
+its residual (`linear.py`, or `conv.py` where a norm is behind it). A program owns BLOCK_M queries of one head of one
+sample, keeps their scores on chip, and goes over the keys once, in order, with a running maximum and sum in float32
+(Milakov & Gimelshein 2018; Dao et al. 2022). So bits depend neither on the batch nor on a sample's place in it. Not
+measured on a GPU.
 """
 
 import math
