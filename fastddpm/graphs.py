@@ -223,5 +223,8 @@ class RecentlyUsed(Generic[T]):
         """Forget all."""
         self._values.clear()
 
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._values
+
     def __len__(self) -> int:
         return len(self._values)

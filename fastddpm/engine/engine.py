@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..unet import UNet
+from ..unet_config import UNetConfig
 from . import on_torch, on_triton
 from .base import Compiled, check_kernels_can_run, kernels_run
 from .lowering import uses
@@ -136,7 +137,7 @@ class Engine(Compiled):
     def _by_kernels(self, x: Tensor, rows: Tensor) -> Tensor:
         lowered, values = self.plan.lowered, self._allocated(x)
         values[lowered.given.index] = x
-        memories = on_triton.memories(lowered.operations, len(x), x.device)
+        memories = on_triton.memories(_scratch(self.config, *x.shape[:3], self.dtype.itemsize), x.device)
         for operation, run, memory in zip(lowered.operations, self._runs, memories, strict=True):
             run([values[value.index] for value in operation.writes], _read(operation, values, rows), memory)
         return values[lowered.out.index]
@@ -161,6 +162,11 @@ class Engine(Compiled):
 
 
 _plan = lru_cache(maxsize=16)(Plan.of)  # by size and batch; for all engines and threads
+
+
+@lru_cache(maxsize=16)
+def _scratch(config: UNetConfig, batch: int, height: int, width: int, itemsize: int) -> list[tuple[int, int]]:
+    return on_triton.scratch_of(_plan(config, batch, height, width, itemsize))
 
 
 def _read(operation: Operation, values: dict[int, Tensor], rows: Tensor) -> Inputs:

@@ -13,6 +13,7 @@ from ..unet import UNet
 from . import on_torch
 from .on_torch import Inputs, attended
 from .operations import Attention, Conv, Linear, Norm, Operation, Product
+from .plan import Plan
 
 if TYPE_CHECKING:
     from fastddpm_kernels.conv_choice import ConvShape
@@ -28,24 +29,26 @@ class Memory(NamedTuple):
 Run = Callable[[list[Tensor], Inputs, Memory], None]  # of what is written first
 
 
-def memories(operations: Sequence[Operation], batch: int, device: torch.device) -> list[Memory]:
+def memories(sizes: Sequence[tuple[int, int]], device: torch.device) -> list[Memory]:
     """Each operation's: one workspace for all, since they run one after another, and counters of its own."""
-    sizes = [_scratch(operation, batch) for operation in operations]
-    sizes = [(floats, -(-counters // 4) * 4) for floats, counters in sizes]  # 16 bytes: Triton compiles for those
     workspace = torch.empty(max(floats for floats, _ in sizes), dtype=torch.float32, device=device)
     counters = torch.zeros(sum(counters for _, counters in sizes), dtype=torch.int32, device=device)
     return [Memory(workspace, own) for own in counters.split([counters for _, counters in sizes])]
 
 
-def _scratch(operation: Operation, batch: int) -> tuple[int, int]:
-    """How many float32 numbers and counters the operation needs."""
+def scratch_of(plan: Plan) -> list[tuple[int, int]]:
+    """How many float32 numbers and counters each operation needs; these begin at 16 bytes, as Triton compiles for."""
     from fastddpm_kernels.conv_norm import conv_scratch
 
-    if not isinstance(operation, Product):
-        return 0, 0
-    out, up = operation.out, isinstance(operation, Conv) and operation.up
-    groups = [norm.channels_in // norm.groups for norm in operation.norms]
-    return conv_scratch(batch, out.height * out.width, out.channels, groups, up=up)
+    sizes = []
+    for operation in plan.lowered.operations:
+        floats = counters = 0
+        if isinstance(operation, Product):
+            out, up = operation.out, isinstance(operation, Conv) and operation.up
+            groups = [norm.channels_in // norm.groups for norm in operation.norms]
+            floats, counters = conv_scratch(plan.batch, out.height * out.width, out.channels, groups, up=up)
+        sizes.append((floats, -(-counters // 4) * 4))
+    return sizes
 
 
 def _norm(operation: Norm, unet: UNet, dtype: torch.dtype) -> Run:

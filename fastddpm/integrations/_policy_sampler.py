@@ -136,15 +136,15 @@ class PolicySampler:
 
     def _observed(self, global_cond: Tensor) -> Sampler:
         """The sampler of the model with these observations: on a GPU its graph stays, and reads the new ones."""
-        made: list[Any] = []
+        seen = global_cond.shape in self._observing
 
         def make() -> tuple[Any, Sampler]:
-            model: Any = self._sampler.model
-            made.append(model.condition(global_cond))
-            return made[0], Sampler(made[0], self._steps)
+            engine: Any = self._sampler.model
+            model = engine.condition(global_cond)
+            return model, Sampler(model, self._steps)
 
         model, sampler = self._observing.get(global_cond.shape, make)
-        if not made:
+        if seen:
             model.observe(global_cond)
         return sampler
 
