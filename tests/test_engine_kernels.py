@@ -13,6 +13,7 @@ from fastddpm import UNet, engine
 from fastddpm.engine import on_triton
 from fastddpm.engine.on_torch import Inputs
 from fastddpm.engine.operations import Attention, Value
+from fastddpm.engine.plan import Plan
 from fastddpm.errors import InputError
 from fastddpm.unet_config import UNetConfig
 
@@ -191,3 +192,14 @@ def test_images_of_another_size_than_the_plans(kernels):
             fast(x, t)
         fast = engine.compile(net, batch=2, size=(8, 8), dtype=torch.float32, kernels=True)
     assert (fast(x, t) - net(x, t)).abs().max() <= 1e-5
+
+
+def test_a_calls_scratch_is_its_batchs(monkeypatch):
+    """Sized once for a batch, and so for each batch by itself."""
+    monkeypatch.setattr(type(conv_kernel.conv_kernel), "run", lambda kernel, *args, **options: None)
+    fast, given, plain = engine.compile(made(CIFAR), kernels=True), [], on_triton.memories
+    monkeypatch.setattr(on_triton, "memories", lambda sizes, device: given.append(sizes) or plain(sizes, device))
+    for batch in (1, 3, 1):
+        fast(torch.zeros(batch, 3, 32, 32, device=DEVICE), torch.zeros(batch, dtype=torch.int64, device=DEVICE))
+        assert given[-1] == on_triton.scratch_of(Plan.of(CIFAR, batch, 32, 32, 2))
+    assert given[0] == given[2] != given[1]
